@@ -1,0 +1,41 @@
+"""The one record type that every reader makes and every stage takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where an image's bytes are: a file below the image root, or the record itself."""
+
+    path: Path | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt with what the stages need to know about it.
+
+    prompt            the user's text, with one `<image>` placeholder per image, in order
+    response          SFT: the demonstration; warm-up and alignment: the teacher's response
+    student_response  warm-up: the other side of the pair
+    answer            RLVR and evaluation: the verified answer
+    caption           evaluation: the true perception, where known
+    probe_response    `response` with one fact changed in each segment: the content probe's other side
+    """
+
+    id: str
+    prompt: str
+    images: tuple[ImageSource, ...] = ()
+    response: str | None = None
+    student_response: str | None = None
+    answer: str | None = None
+    caption: str | None = None
+    probe_response: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)

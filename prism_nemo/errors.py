@@ -1,0 +1,41 @@
+"""The errors that users see."""
+
+from __future__ import annotations
+
+
+class PrismError(Exception):
+    """A mistake in the input, the configuration or the environment, said so that it can be mended.
+
+    `what` went wrong, `where` (a file, a record, a config key) and the `remedy`. The command line prints
+    the three and exits with status 2; it shows no traceback. Invariants of our own code are asserts instead.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class ConfigError(PrismError):
+    """A configuration key, value or combination that cannot work."""
+
+
+class DataError(PrismError):
+    """A record, image or data file that cannot be used."""
+
+
+class CheckpointError(PrismError):
+    """A checkpoint that is missing, incomplete or does not fit the model."""
+
+
+class LayoutError(ConfigError):
+    """A parallel layout that the model or the number of ranks does not allow."""
