@@ -1,95 +1,119 @@
 """Every configuration key, its type, its meaning and its one default.
 
 The YAML files in `conf/` compose over these dataclasses; an unknown key or a wrong type fails before anything heavy is
-imported. Names follow Megatron and NeMo where they have one. Units stand in names, meanings in the comment behind a field.
+imported. Names follow Megatron and NeMo where they have one. Units stand in names, meanings in the comment behind a field;
+`prism-nemo STAGE --help` prints those comments, so each field has one, on its own line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     auto = "auto"  # CUDA where there is one, otherwise the CPU
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Routing(str, Enum):
+class Routing(StrEnum):
     learned = "learned"  # a token may reach any expert
     dedicated = "dedicated"  # a segment's tokens reach only the expert pool of their kind
 
 
-class DiscriminatorView(str, Enum):
+class DiscriminatorView(StrEnum):
     segments = "segments"  # perception and reasoning are scored apart (PRISM)
     whole = "whole"  # one score for the whole response (GAD)
 
 
-class RatioKind(str, Enum):
+class RatioKind(StrEnum):
     token = "token"  # importance ratio of each token
     sequence = "sequence"  # GSPO: one ratio a sequence, exp(mean_t dlogp)
 
 
-class Aggregation(str, Enum):
+class Aggregation(StrEnum):
     token_mean = "token_mean"  # sum over all tokens / number of tokens in the global batch
     sequence_mean = "sequence_mean"  # mean over sequences of each one's token mean
     constant_length = "constant_length"  # Dr.GRPO: sum over tokens / (sequences * max response length)
 
 
-class RolloutEngineKind(str, Enum):
+class RolloutEngineKind(StrEnum):
     megatron = "megatron"
     vllm = "vllm"
 
 
+class DecayStyle(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class StageKind(StrEnum):
+    sft = "sft"
+    pairs = "pairs"
+    warmup = "warmup"
+    align = "align"
+    rlvr = "rlvr"
+    eval = "eval"
+
+
 @dataclass
 class ParallelConfig:
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None  # None: the tensor-parallel size when experts are not distributed, otherwise 1
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = False
+    """How the models are cut over the ranks, in Megatron's words; what is left over is data-parallel."""
+
+    tensor_model_parallel_size: int = 1  # ranks that share every layer; must divide the attention and the key/value heads
+    pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
+    virtual_pipeline_model_parallel_size: int | None = None  # layer chunks a pipeline rank, interleaved; null: one
+    context_parallel_size: int = 1  # ranks that share every row's tokens
+    expert_model_parallel_size: int = 1  # ranks that share the experts of an MoE layer
+    expert_tensor_parallel_size: int | None = None  # null: the tensor-parallel size when experts are not distributed, otherwise 1
+    sequence_parallel: bool = False  # norms and dropout on 1/TP of the tokens; needs tensor parallelism
+    use_distributed_optimizer: bool = False  # optimizer state spread over the data-parallel ranks
 
 
 @dataclass
 class RuntimeConfig:
-    device: Device = Device.auto
-    seed: int = 1234
-    num_threads: int | None = None  # CPU threads a rank; None leaves torch's (or OMP_NUM_THREADS')
-    distributed_timeout_minutes: int = 10
+    """Device, seed and process settings."""
+
+    device: Device = Device.auto  # auto: CUDA where there is one, otherwise the CPU
+    seed: int = 1234  # of initialisation, shuffling and sampling
+    num_threads: int | None = None  # CPU threads a rank; null leaves torch's (or OMP_NUM_THREADS')
+    distributed_timeout_minutes: int = 10  # a collective that waits longer ends the run
 
 
 @dataclass
 class ModelConfig:
+    """The policy."""
+
     path: str = MISSING  # a HuggingFace directory, or a checkpoint directory of this project
-    precision: Precision = Precision.bf16
-    freeze_vision_model: bool = False
-    freeze_language_model: bool = False
+    precision: Precision = Precision.bf16  # of parameters and activations
+    freeze_vision_model: bool = False  # vision tower and its mergers
+    freeze_language_model: bool = False  # everything else
 
 
 @dataclass
 class DiscriminatorConfig:
+    """The discriminator: a sparse-upcycled Qwen3-VL with a scalar head."""
+
     path: str | None = None  # a discriminator checkpoint (align), or the dense model to upcycle (warmup)
-    precision: Precision = Precision.bf16
-    freeze_vision_model: bool = False
+    precision: Precision = Precision.bf16  # of parameters and activations
+    freeze_vision_model: bool = False  # vision tower and its mergers
     num_experts: int = 4  # 1: a dense discriminator
-    moe_router_topk: int = 2
-    routing: Routing = Routing.learned
-    view: DiscriminatorView = DiscriminatorView.segments
-    use_images: bool = True  # False: the text-only ablation
+    moe_router_topk: int = 2  # experts a token reaches
+    routing: Routing = Routing.learned  # dedicated: half of the experts for each kind of segment
+    view: DiscriminatorView = DiscriminatorView.segments  # segments: perception and reasoning apart; whole: one score (GAD)
+    use_images: bool = True  # false: the text-only ablation
     expert_noise_std: float = 0.01  # sparse upcycling: noise added to every expert's copy of the dense MLP
-    router_init_std: float = 0.02
-    head_init_std: float = 0.02
+    router_init_std: float = 0.02  # of the normal distribution that starts the router
+    head_init_std: float = 0.02  # of the normal distribution that starts the scalar head
     head_dropout: float = 0.0  # only while training on warm-up pairs; never while scoring
     moe_aux_loss_coeff: float = 0.01  # router load balancing
     score_regularization: float = 0.0  # coefficient of mean(score^2); the alignment game uses 1e-3
@@ -98,97 +122,115 @@ class DiscriminatorConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 1e-5
-    min_lr: float = 0.0
-    lr_decay_style: str = "cosine"  # constant | linear | cosine
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5  # peak learning rate
+    min_lr: float = 0.0  # where linear and cosine decay end
+    lr_decay_style: DecayStyle = DecayStyle.cosine  # over max_steps
     lr_warmup_fraction: float = 0.0  # of max_steps; not together with lr_warmup_iters
-    lr_warmup_iters: int = 0
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr_warmup_iters: int = 0  # steps
+    weight_decay: float = 0.01  # decoupled from the gradient
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.95  # decay of the second moment
+    adam_eps: float = 1e-8  # added to the root of the second moment
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
 
 
 @dataclass
 class DataConfig:
+    """Records, images and their limits."""
+
     train: str | None = None  # a .json, .jsonl or .parquet file of records
-    validation: str | None = None
-    image_root: str | None = None  # images must lie below it; None: the folder of the data file
-    system_prompt: str | None = None  # None: the prompt that asks for <caption>, <think>, <answer>
+    validation: str | None = None  # held-out records in the same formats; evaluation reads these
+    image_root: str | None = None  # images must lie below it; null: the folder of the data file
+    system_prompt: str | None = None  # null: the prompt that asks for <caption>, <think>, <answer>
     max_prompt_length: int = 2048  # tokens, images included
     max_response_length: int = 8192  # tokens
-    image_min_pixels: int | None = None  # None: the processor's own
-    image_max_pixels: int | None = None
-    shuffle: bool = True
+    image_min_pixels: int | None = None  # null: the processor's own
+    image_max_pixels: int | None = None  # null: the processor's own
+    shuffle: bool = True  # the training records, in an order fixed by the seed
     max_bad_sample_share: float = 0.01  # unusable records are counted, listed and skipped up to this share
 
 
 @dataclass
 class TrainerConfig:
-    max_steps: int = MISSING
-    global_batch_size: int = MISSING  # SFT: demonstrations, warm-up: pairs, align and RLVR: prompts
-    max_tokens_per_row: int = 8192  # a packed row, one micro-batch of one data-parallel rank, holds at most so many tokens
+    """Steps, batches, validation and checkpoints."""
+
+    max_steps: int = MISSING  # optimizer steps of the whole stage
+    global_batch_size: int = MISSING  # a step's SFT demonstrations, warm-up pairs, or align and RLVR prompts; all ranks together
+    max_tokens_per_row: int = 10240  # a packed row, one micro-batch of one data-parallel rank, holds at most so many tokens
     val_check_interval: int = 0  # steps; 0: only at the end
-    limit_val_samples: int | None = None
+    limit_val_samples: int | None = None  # null: the whole validation file
     save_interval: int = 0  # steps; 0: only at the end
-    keep_last_k: int = 2
+    keep_last_k: int = 2  # checkpoints that stay
     max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient before the run stops
     log_samples: int = 4  # rollouts written to samples.jsonl each step
 
 
 @dataclass
 class RolloutConfig:
-    engine: RolloutEngineKind = RolloutEngineKind.megatron
-    temperature: float = 1.0
-    top_p: float = 1.0
+    """How responses are sampled."""
+
+    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is fast and needs a GPU
+    temperature: float = 1.0  # 0: greedy, in evaluation only
+    top_p: float = 1.0  # smallest set of tokens with this probability; 1: all
     top_k: int = 0  # 0: all tokens
     max_batch_size: int = 256  # sequences decoded together
-    num_rollouts_per_prompt: int = 16
+    num_rollouts_per_prompt: int = 16  # the size of a group
 
 
 @dataclass
 class PolicyLossConfig:
-    ratio: RatioKind = RatioKind.token
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    """The clipped surrogate; GRPO, DAPO, GSPO and Dr.GRPO are values of these."""
+
+    ratio: RatioKind = RatioKind.token  # importance ratio of each token, or one a sequence (GSPO)
+    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
+    clip_high: float = 0.2  # and above 1 + clip_high
     dual_clip: float | None = None  # lower bound c of the surrogate where the advantage is negative
-    aggregation: Aggregation = Aggregation.token_mean
-    kl_coefficient: float = 0.0
-    max_log_ratio: float = 20.0
+    aggregation: Aggregation = Aggregation.token_mean  # how token losses become one number, over the global batch
+    kl_coefficient: float = 0.0  # of the k3 divergence from the starting policy; 0: none
+    max_log_ratio: float = 20.0  # log-ratios are clamped to +- this before exp
 
 
 @dataclass
 class AlignAlgorithmConfig:
-    perception_weight: float = 0.5
-    reasoning_weight: float = 0.5
-    format_penalty: float = 1.5
+    """The adversarial game: advantages from the discriminator's scores."""
+
+    perception_weight: float = 0.5  # of the group-normalised perception score
+    reasoning_weight: float = 0.5  # of the group-normalised reasoning score
+    format_penalty: float = 1.5  # taken off the advantage of a response in the wrong format
     score_clip: float = 10.0  # bounds the scores that the policy sees, never the discriminator's gradient
     discriminator_steps_frozen: bool = False  # keep the discriminator as warm-up left it
     min_content_probe: float | None = None  # stop before training when the content probe is below it
-    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)  # the clipped surrogate
 
 
 @dataclass
 class RLVRAlgorithmConfig:
-    name: str = "grpo"
-    normalize_std: bool = True  # False: Dr.GRPO
-    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    """Advantages from verifiable rewards."""
+
+    name: str = "grpo"  # a label for logs and reports; conf/algorithm/ holds the published settings
+    normalize_std: bool = True  # false: Dr.GRPO
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)  # the clipped surrogate
 
 
 @dataclass
 class RewardConfig:
-    accuracy_weight: float = 0.8
-    format_weight: float = 0.2
+    """reward = accuracy_weight * correct + format_weight * valid format; 0 when the format is invalid."""
+
+    accuracy_weight: float = 0.8  # of a correct answer
+    format_weight: float = 0.2  # of a valid response
 
 
 @dataclass
 class ExperimentConfig:
+    """The run directory and what is written into it."""
+
     dir: str = MISSING  # the run directory: config, metrics, samples, checkpoints
     resume: bool = True  # continue from the latest checkpoint in the directory when there is one
     overwrite: bool = False  # start anew in a directory that already holds a run
-    tensorboard: bool = True
-    progress: bool = True
+    tensorboard: bool = True  # event files beside metrics.jsonl
+    progress: bool = True  # show progress bars
 
 
 @dataclass
@@ -199,6 +241,19 @@ class SFTConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+@dataclass
+class PairsConfig:
+    """Teacher/student pairs for the warm-up: the policy's own responses beside the teacher's."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    limit_samples: int | None = None  # prompts; null: the whole training file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 
@@ -250,7 +305,7 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    limit_samples: int | None = None
+    limit_samples: int | None = None  # prompts; null: the whole validation file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 
@@ -259,13 +314,13 @@ class PipelineStage:
     """One stage of a pipeline: which, from which earlier stage's output, with which overrides."""
 
     name: str = MISSING  # names the stage's folder under the run directory
-    stage: str = MISSING  # sft | pairs | warmup | align | rlvr | eval
-    overrides: list[str] = field(default_factory=list)  # as on the command line; ${policy:NAME}, ${discriminator:NAME}: outputs of stage NAME
+    stage: StageKind = MISSING  # what runs
+    overrides: list[str] = field(default_factory=list)  # as on the command line; ${policy:NAME}: what stage NAME made, also discriminator: and pairs:
 
 
 @dataclass
 class PipelineConfig:
-    seed: int = 1234
-    stages: list[PipelineStage] = field(default_factory=list)
+    seed: int = 1234  # runtime.seed of every stage
+    stages: list[PipelineStage] = field(default_factory=list)  # in the order in which they run
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
