@@ -1,0 +1,65 @@
+# Every target makes .venv and installs the package when they are missing; later calls see the stamp and start at once.
+#
+#   make demo PYTHON=python3.12           another interpreter (3.11 or newer)
+#   make demo TORCH='torch==2.12.1'       another torch; it is installed first, so that nothing else chooses one
+#   make test TESTS=tests/unit            some of the tests; options for pytest: PYTEST_ARGS='-k rope -x'
+#
+# On a machine without a GPU, torch's CPU build spares gigabytes: let pip see an index that has it (PIP_EXTRA_INDEX_URL).
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH ?= torch==2.13.0
+EXTRAS ?= report,test,dev
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo report test lint format clean
+
+help:
+	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
+	@echo 'make report    the tables and curves of runs/demo once more'
+	@echo 'make test      all tests that this machine can run'
+	@echo 'make lint      style, types and import rules'
+	@echo 'make format    puts the code into the style that lint wants'
+	@echo 'make install   only makes $(VENV)'
+	@echo 'make clean     removes caches and builds; keeps $(VENV) and runs'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'prism-nemo needs Python 3.11 or newer; "$(PYTHON)" is not.' >&2; \
+		echo 'Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/prism-nemo pipeline demo=digits
+
+report: $(INSTALLED)
+	$(BIN)/prism-nemo report runs/demo
+
+# One thread a process: the tests start several ranks, which would otherwise fight for the cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find prism_nemo tests tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
