@@ -1,0 +1,234 @@
+"""What `experiment.py` stands on: atomic files, JSON lines, the lock of a run directory, and whether two runs are the same."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import prism_nemo
+from prism_nemo.errors import ConfigError, PrismError
+
+# Keys that may change when a run is resumed: how far it goes, how often it reports, on how many ranks it runs. All others make
+# another run of it.
+MAY_DIFFER = (
+    "experiment",
+    "parallel",
+    "runtime.device",
+    "runtime.num_threads",
+    "runtime.distributed_timeout_minutes",
+    "rollout.max_batch_size",
+    "trainer.max_steps",
+    "trainer.max_tokens_per_row",
+    "trainer.val_check_interval",
+    "trainer.limit_val_samples",
+    "trainer.save_interval",
+    "trainer.keep_last_k",
+    "trainer.max_bad_steps",
+    "trainer.log_samples",
+)
+PACKAGES = (
+    "prism-nemo",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "hydra-core",
+    "transformer-engine",
+    "vllm",
+)
+LAUNCH_VARIABLES = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+# Files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path`; whoever reads it meanwhile sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def next_free(name: Callable[[int], Path]) -> Path:
+    """The first of name(1), name(2), … that does not exist."""
+    n = 1
+    while name(n).exists():
+        n += 1
+    return name(n)
+
+
+def to_json_line(row: Mapping[str, Any]) -> str:
+    """`row` as one line of JSON, no newline: floats to the last digit, NaN and inf as the strings "nan", "inf", "-inf"."""
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(to_json_line(row) + "\n" for row in rows)
+    if text:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file. A last line without its newline is one that is being written, or never was: it is left out.
+
+    Raises PrismError naming the line when one is no JSON.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PrismError(f"not a line of JSON: {error}", where=f"{path}, line {number}") from error
+
+
+def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops, atomically, the lines of `path` that `keep` refuses, and an unfinished last line. A missing file stays missing."""
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in read_json_lines(path) if keep(row)))
+
+
+# The lock
+
+
+class RunLock:
+    """Keeps a second process out of a run directory while this one lives.
+
+    The kernel holds it and lets go when the process ends, however it ends, so a lock cannot be stale; on network file systems
+    it reaches other nodes. The file's text, pid and host, only serves the message. Raises PrismError when another has it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = (directory / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise PrismError(
+                f"another process is writing this run: {holder}",
+                where=str(directory),
+                remedy="wait for it, stop it, or set another experiment.dir",
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"{directory} is on a file system without locks: nothing keeps a second run out of it", file=sys.stderr)
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+# Is it the same run?
+
+
+def config_differences(old_yaml: str, new_yaml: str) -> list[str]:
+    """The settings in which two configurations are different runs, as "key: old -> new"; `MAY_DIFFER` does not count."""
+    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (old_yaml, new_yaml))
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in dict.fromkeys([*old, *new])
+        if (key not in old or key not in new or old[key] != new[key]) and not _may_differ(key)
+    ]
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_DIFFER)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    children: Iterable[tuple[Any, Any]]
+    if isinstance(node, dict) and node:
+        children = node.items()
+    elif isinstance(node, list) and node:
+        children = enumerate(node)
+    else:
+        yield prefix, node
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def check_same_run(directory: Path, *, stages: tuple[str, str], configs: tuple[str, str]) -> None:
+    """Raises ConfigError unless the run in `directory` (each pair's first) is the one that is now asked for (each second)."""
+    if stages[0] != stages[1]:
+        differences = [f"stage: {stages[0]} -> {stages[1]}"]
+    else:
+        differences = config_differences(*configs)
+    if differences:
+        raise ConfigError(
+            "the run directory holds another run; different are\n    " + "\n    ".join(differences),
+            where=str(directory),
+            remedy="give these as they were, set another experiment.dir, or move that run aside with experiment.overwrite=true",
+        )
+
+
+# Where it runs
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, host, command and commit; nothing that changes from one start to the next on the same machine."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "command": shlex.join(sys.argv),
+        "directory": str(Path.cwd()),
+        "git_commit": _git_commit(),
+        "launch": {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ},
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that the package's source is at, with "-dirty" behind it where files differ; None outside a checkout."""
+    package = Path(prism_nemo.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", "-C", package, *arguments], capture_output=True, text=True, timeout=10, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    if not git("ls-files", "--", "__init__.py"):  # an installed copy that happens to lie in somebody's checkout
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
