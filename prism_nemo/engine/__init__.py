@@ -1,0 +1,9 @@
+"""The engine: device, groups, steps, attention, optimizer, checkpoints. Importing it prepares Megatron for the CPU where needed."""
+
+import warnings as _warnings
+
+from prism_nemo.engine import cpu as _cpu
+
+# Megatron says at every start that it falls back without Transformer Engine and apex; here that is by design.
+_warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
+_cpu.install()

@@ -36,7 +36,7 @@ def mrope_positions(input_ids: Tensor, image_mask: Tensor, image_grid_thw: Tenso
         start += text
         grid = torch.stack(torch.meshgrid(torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(1)
         positions[:, first : first + count] = grid + start
-        start += max(time, rows, columns)
+        start += max(rows, columns)
         cursor = first + count
         consumed += count
     if consumed != len(image_starts):

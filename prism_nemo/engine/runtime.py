@@ -1,0 +1,204 @@
+"""Process, device, process groups, seeds: the one place that knows about them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+from prism_nemo.errors import ConfigError, LayoutError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place. Data-parallel ranks hold different samples; all other ranks hold parts of the same model."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    row_multiple: int  # packed rows are padded to a multiple of this
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_over_data_parallel(self, values: Tensor) -> Tensor:
+        """Element-wise sum over data-parallel ranks (float64 recommended); the same on every rank."""
+        if self.data_parallel_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
+        return values
+
+    def max_over_data_parallel(self, value: int) -> int:
+        if self.data_parallel_size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
+        return int(tensor)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One value per data-parallel rank, in rank order, on every rank."""
+        if self.data_parallel_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.data_parallel_size
+        dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=False))
+        return gathered
+
+    def broadcast_from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's value on every stage."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(
+            box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def resolve_device(device: Device) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError when CUDA is asked for and absent."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("CUDA was asked for, but torch finds no CUDA device", where="runtime.device", remedy="use auto or cpu")
+    if device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
+    """Joins the ranks (those of torchrun, or this process alone), cuts them into groups and seeds every generator.
+
+    Calling it again with the same layout only seeds anew; with another one it rebuilds the groups. Raises LayoutError when the
+    ranks do not divide.
+    """
+    device = resolve_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    if not dist.is_initialized():
+        _join(device, datetime.timedelta(minutes=config.distributed_timeout_minutes))
+    world_size = dist.get_world_size()
+    model_parallel = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    if world_size % model_parallel:
+        raise LayoutError(
+            f"{world_size} ranks do not divide by tensor x pipeline x context parallel size {model_parallel}",
+            where="parallel",
+            remedy=f"start a multiple of {model_parallel} ranks (torchrun --nproc-per-node), or change the sizes",
+        )
+    _build_groups(parallel)
+    seed_everything(config.seed)
+    return Runtime(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        row_multiple=parallel.tensor_model_parallel_size,
+    )
+
+
+def _join(device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+_current_layout: tuple[int | None, ...] | None = None
+
+
+def _build_groups(parallel: ParallelConfig) -> None:
+    global _current_layout
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    layout = (
+        tp,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        ep,
+        parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1),
+    )
+    if parallel_state.model_parallel_is_initialized():
+        if layout == _current_layout:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout[0],
+        pipeline_model_parallel_size=layout[1],
+        virtual_pipeline_model_parallel_size=layout[2],
+        context_parallel_size=layout[3],
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=layout[5],
+        create_gloo_process_groups=True,
+    )
+    _current_layout = layout
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy, torch and Megatron's tensor-parallel generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator, for checkpoints."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def shutdown() -> None:
+    """Leaves the process groups; safe to call twice."""
+    global _current_layout
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    _current_layout = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def session(parallel: ParallelConfig, config: RuntimeConfig) -> Iterator[Runtime]:
+    """`initialize`, and on the way out of the outermost session `shutdown`; an exception on one rank reaches all through torchrun."""
+    outermost = not dist.is_initialized()
+    runtime = initialize(parallel, config)
+    try:
+        yield runtime
+    finally:
+        if outermost:
+            shutdown()

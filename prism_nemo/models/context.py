@@ -1,0 +1,69 @@
+"""What a layer needs to know about the row that runs through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prism_nemo.engine.attention import ImageAttention, RowAttention
+from prism_nemo.packing.groups import SegmentKind
+from prism_nemo.packing.rows import PackedRow
+
+PROMPT = -1  # token kinds below SegmentKind's
+PADDING = -2
+KIND_NAMES = {PROMPT: "prompt", **{int(kind): kind.name.lower() for kind in SegmentKind}}
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of decoded sequences; `rollout/megatron.py` has the implementation."""
+
+    def attend(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, attention: RowAttention | ImageAttention | None
+    ) -> Tensor: ...
+
+
+@dataclass
+class RouterStatistics:
+    """What routers saw in the rows of a step; sums, so that they add up over micro-batches and ranks.
+
+    load maps (kind) -> how often its tokens chose each expert, fp64 [experts]. balance is the token-weighted sum of the
+    load-balancing loss without its coefficient; tokens how many (token, layer) pairs it covers.
+    """
+
+    load: dict[int, Tensor] = field(default_factory=dict)
+    balance: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass
+class RoutingContext:
+    """What the experts' router needs: which group and kind every token has, and how the balancing loss is scaled."""
+
+    token_group: Tensor  # int64 [T]; -1 padding
+    token_kind: Tensor  # int64 [T]; SegmentKind, PROMPT or PADDING
+    num_groups: int
+    balance_coefficient: float = 0.0
+    global_tokens: float = 1.0  # tokens of the whole batch, over micro-batches and ranks
+    dedicated: bool = False  # a segment's tokens may reach only the expert pool of their kind
+    statistics: RouterStatistics | None = None
+
+
+@dataclass
+class RowContext:
+    """Travels through Megatron's layers as `packed_seq_params`."""
+
+    attention: RowAttention | ImageAttention | None
+    routing: RoutingContext | None = None
+    cache: KeyValueCache | None = None
+
+
+def token_kinds(row: PackedRow) -> Tensor:
+    """The kind of every token of a row, int64 [T]."""
+    segment = row.layout.token_segment.to(row.segment_kind.device)
+    kinds = torch.cat([row.segment_kind, torch.tensor([PROMPT], device=row.segment_kind.device)])[segment]
+    if row.layout.padding:
+        kinds[-row.layout.padding :] = PADDING
+    return kinds
