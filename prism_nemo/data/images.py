@@ -1,0 +1,110 @@
+"""Images from files or bytes -> RGB, with everything hostile or broken refused as a DataError.
+
+Limits are for safety, not for quality: a picture of more than `MAX_IMAGE_PIXELS` or a file of more than `MAX_IMAGE_BYTES` is
+taken for an attack on the machine's memory. How large an image the model sees is the image processor's matter.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from prism_nemo.data.records import ImageSource
+from prism_nemo.errors import DataError
+
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound, which by itself is only a warning
+MAX_IMAGE_BYTES = 64 * 2**20
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, some of which start other programs
+
+
+def load_image(source: ImageSource, root: Path | None) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says, laid on white where it is transparent; the first frame of several.
+
+    A path must lie below `root` once symbolic links are followed. Raises DataError for a path outside, a missing, too large,
+    unreadable or truncated image, and for pixel types whose range is not known (32-bit integers, floating point).
+    """
+    if source.data is not None:
+        data, where = source.data, "image bytes in the record"
+        if len(data) > MAX_IMAGE_BYTES:
+            raise _too_many_bytes(len(data), where)
+    elif source.path is not None:
+        file = _contained(source.path, root)
+        data, where = file.read_bytes(), str(file)
+    else:
+        raise DataError("the record's image has neither a path nor bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_bomb(image.width * image.height, where)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), where)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"the image is too large: {error}", where=where, remedy="scale the image down") from error
+    except Exception as error:  # decoders of foreign bytes raise anything: OSError, SyntaxError, struct.error, IndexError, …
+        raise DataError(
+            f"the image cannot be decoded: {error}", where=where, remedy=f"a whole image as {', '.join(FORMATS)}"
+        ) from error
+
+
+def _contained(path: Path, root: Path | None) -> Path:
+    """`path` with links resolved, if it is a regular file of bearable size below `root`."""
+    if root is None:
+        raise DataError(
+            "the record names an image file, but there is no image root", where=str(path), remedy="set data.image_root"
+        )
+    try:
+        allowed = root.resolve(strict=True)
+    except OSError as error:
+        raise DataError(
+            "the image root does not exist", where=str(root), remedy="set data.image_root to an existing folder"
+        ) from error
+    try:
+        file = (allowed / path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:  # missing; a null byte; a loop of links
+        raise DataError(
+            "the image does not exist", where=str(root / path), remedy=f"image paths are relative to {root}"
+        ) from error
+    if not file.is_relative_to(allowed):
+        raise DataError(
+            "the image lies outside the image root",
+            where=f"{path} -> {file}",
+            remedy=f"put it below {allowed}, or set data.image_root",
+        )
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        raise DataError("the image is not a regular file", where=str(file))
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise _too_many_bytes(status.st_size, str(file))
+    return file
+
+
+def _too_many_bytes(size: int, where: str) -> DataError:
+    return DataError(
+        f"the image file has {size} bytes, the limit is {MAX_IMAGE_BYTES}", where=where, remedy="scale the image down"
+    )
+
+
+def _refuse_bomb(pixels: int, where: str) -> None:
+    if pixels > MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"the image has {pixels} pixels, the limit is {MAX_IMAGE_PIXELS}", where=where, remedy="scale the image down"
+        )
+
+
+def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    if image.mode == "F":
+        raise DataError("the image has floating-point pixels", where=where, remedy="convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips where it should scale
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise DataError("the image has 32-bit pixels", where=where, remedy="convert it to 8 or 16 bits")
+        image = Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")

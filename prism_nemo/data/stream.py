@@ -1,0 +1,119 @@
+"""Records -> encoded batches, without end, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from prism_nemo.data.bad_records import BadRecord, refuse_bad_share
+from prism_nemo.data.records import Record
+from prism_nemo.errors import CheckpointError, ConfigError, DataError
+
+T = TypeVar("T")
+
+_MIN_SEEN = 100  # records, before the share of bad ones means anything (or one epoch, where that is less)
+
+
+class RecordStream(Generic[T]):
+    """Endless epochs over `records`, each its own permutation drawn from (seed, epoch); batches run across the ends of epochs.
+
+    The position counts records of the global batch, so it is the same for any number of ranks: rank r of n encodes the
+    records r, r + n, … of each global batch. `encode` turns a record into what the stage trains on; a record for which it
+    raises DataError is left out of its batch and listed in `bad`, and when their share on this rank exceeds
+    `max_bad_sample_share` the stream raises DataError.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encode: Callable[[Record], T],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        max_bad_sample_share: float,
+    ) -> None:
+        if not records:
+            raise DataError("there are no records to draw from")
+        if batch_size < 1:
+            raise ConfigError(f"a batch of {batch_size} records", where="trainer.global_batch_size", remedy="at least 1")
+        self.records = records
+        self.encode = encode
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.max_bad_sample_share = max_bad_sample_share
+        self.consumed_samples = 0
+        self.bad: list[BadRecord] = []  # every bad record once, in the order of their first appearance
+        self._num_seen = 0  # records that this rank tried to encode
+        self._num_bad = 0
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+        self._fingerprint = hashlib.sha256(
+            "\n".join(record.id for record in records).encode("utf-8", "surrogatepass")
+        ).hexdigest()
+
+    def next_batch(self, rank: int = 0, world_size: int = 1) -> list[tuple[Record, T]]:
+        """This rank's part of the next global batch, in order; every rank must call it for the stream to stay in step."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        start = self.consumed_samples
+        self.consumed_samples += self.batch_size
+        batch = []
+        for position in range(start + rank, start + self.batch_size, world_size):
+            record = self.records[self._index(position)]
+            self._num_seen += 1
+            try:
+                batch.append((record, self.encode(record)))
+            except DataError as error:
+                self._add_bad(record, error)
+        if self._num_seen >= min(_MIN_SEEN, max(1, len(self.records) // world_size)):
+            refuse_bad_share(
+                self.bad,
+                num_bad=self._num_bad,
+                num_seen=self._num_seen,
+                max_share=self.max_bad_sample_share,
+                where="while encoding records",
+            )
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in. Equal on all ranks."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "num_records": len(self.records),
+            "fingerprint": self._fingerprint,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the saved position, also with another batch size or number of ranks.
+
+        Raises CheckpointError when the records, the seed or `shuffle` differ from the saved stream's: the order would be another.
+        """
+        own = self.state_dict()
+        for name in ("num_records", "fingerprint", "seed", "shuffle"):
+            if state[name] != own[name]:
+                raise CheckpointError(
+                    f"the checkpoint's data stream has {name} {state[name]}, this run has {own[name]}",
+                    remedy="resume with the same data file and seed, or start a new run from the checkpoint's weights",
+                )
+        self.consumed_samples = state["consumed_samples"]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.records))
+        if not self.shuffle:
+            return offset
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def _add_bad(self, record: Record, error: DataError) -> None:
+        self._num_bad += 1
+        if all(bad.id != record.id for bad in self.bad):
+            self.bad.append(BadRecord.from_error(record.id, f"record {record.id}", error))
