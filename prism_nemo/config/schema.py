@@ -315,12 +315,24 @@ class PipelineStage:
 
     name: str = MISSING  # names the stage's folder under the run directory
     stage: StageKind = MISSING  # what runs
-    overrides: list[str] = field(default_factory=list)  # as on the command line; ${policy:NAME}: what stage NAME made, also discriminator: and pairs:
+    overrides: list[str] = field(default_factory=list)  # KEY=VALUE; ${policy:NAME}, discriminator:, pairs: what stage NAME made
+
+
+@dataclass
+class DigitsConfig:
+    """The bundled digits task, written to `data/` and `model/` of the run directory before the first stage."""
+
+    enabled: bool = False  # write the task's records and its untrained model
+    num_public: int = 1000  # noisy demonstrations
+    num_teacher: int = 1000  # clean demonstrations
+    num_prompts: int = 1000  # prompts with answers
+    num_test: int = 400  # held-out problems, over digits that no other file shows
 
 
 @dataclass
 class PipelineConfig:
-    seed: int = 1234  # runtime.seed of every stage
+    seed: int = 1234  # runtime.seed of every stage, and of the digits task
     stages: list[PipelineStage] = field(default_factory=list)  # in the order in which they run
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)

@@ -1,0 +1,146 @@
+"""The range of every number in the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from prism_nemo.config.schema import (
+    AlignAlgorithmConfig,
+    DataConfig,
+    DigitsConfig,
+    DiscriminatorConfig,
+    EvalConfig,
+    OptimizerConfig,
+    PairsConfig,
+    ParallelConfig,
+    PipelineConfig,
+    PolicyLossConfig,
+    RewardConfig,
+    RolloutConfig,
+    RuntimeConfig,
+    TrainerConfig,
+)
+from prism_nemo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds; `open` names the sides that do not belong to it."""
+
+    low: float
+    high: float = math.inf
+    open: str = ""  # "", "low", "high" or "low high"
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if "low" in self.open else value >= self.low
+        below = value < self.high if "high" in self.open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'above' if 'low' in self.open else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if 'high' in self.open else 'at most'} {self.high:g}"
+
+
+COUNT = Range(1)
+COUNT_OR_NONE = Range(0)
+POSITIVE = Range(0.0, open="low")
+NOT_NEGATIVE = Range(0.0)
+SHARE = Range(0.0, 1.0)
+BELOW_ONE = Range(0.0, 1.0, open="high")
+TOP_P = Range(0.0, 1.0, open="low")
+DUAL_CLIP = Range(1.0, open="low")
+
+RANGES: dict[type, dict[str, Range]] = {
+    ParallelConfig: {
+        "tensor_model_parallel_size": COUNT,
+        "pipeline_model_parallel_size": COUNT,
+        "virtual_pipeline_model_parallel_size": COUNT,
+        "context_parallel_size": COUNT,
+        "expert_model_parallel_size": COUNT,
+        "expert_tensor_parallel_size": COUNT,
+    },
+    RuntimeConfig: {"seed": COUNT_OR_NONE, "num_threads": COUNT, "distributed_timeout_minutes": COUNT},
+    DiscriminatorConfig: {
+        "num_experts": COUNT,
+        "moe_router_topk": COUNT,
+        "expert_noise_std": NOT_NEGATIVE,
+        "router_init_std": NOT_NEGATIVE,
+        "head_init_std": POSITIVE,
+        "head_dropout": BELOW_ONE,
+        "moe_aux_loss_coeff": NOT_NEGATIVE,
+        "score_regularization": NOT_NEGATIVE,
+        "max_segment_length": COUNT,
+    },
+    OptimizerConfig: {
+        "lr": POSITIVE,
+        "min_lr": NOT_NEGATIVE,
+        "lr_warmup_fraction": BELOW_ONE,
+        "lr_warmup_iters": COUNT_OR_NONE,
+        "weight_decay": NOT_NEGATIVE,
+        "adam_beta1": BELOW_ONE,
+        "adam_beta2": BELOW_ONE,
+        "adam_eps": POSITIVE,
+        "clip_grad": NOT_NEGATIVE,
+    },
+    DataConfig: {
+        "max_prompt_length": COUNT,
+        "max_response_length": COUNT,
+        "image_min_pixels": COUNT,
+        "image_max_pixels": COUNT,
+        "max_bad_sample_share": SHARE,
+    },
+    TrainerConfig: {
+        "max_steps": COUNT,
+        "global_batch_size": COUNT,
+        "max_tokens_per_row": COUNT,
+        "val_check_interval": COUNT_OR_NONE,
+        "limit_val_samples": COUNT,
+        "save_interval": COUNT_OR_NONE,
+        "keep_last_k": COUNT,
+        "max_bad_steps": COUNT,
+        "log_samples": COUNT_OR_NONE,
+    },
+    RolloutConfig: {
+        "temperature": NOT_NEGATIVE,
+        "top_p": TOP_P,
+        "top_k": COUNT_OR_NONE,
+        "max_batch_size": COUNT,
+        "num_rollouts_per_prompt": COUNT,
+    },
+    PolicyLossConfig: {
+        "clip_low": SHARE,
+        "clip_high": NOT_NEGATIVE,
+        "dual_clip": DUAL_CLIP,
+        "kl_coefficient": NOT_NEGATIVE,
+        "max_log_ratio": POSITIVE,
+    },
+    AlignAlgorithmConfig: {
+        "perception_weight": NOT_NEGATIVE,
+        "reasoning_weight": NOT_NEGATIVE,
+        "format_penalty": NOT_NEGATIVE,
+        "score_clip": POSITIVE,
+        "min_content_probe": SHARE,
+    },
+    RewardConfig: {"accuracy_weight": NOT_NEGATIVE, "format_weight": NOT_NEGATIVE},
+    EvalConfig: {"limit_samples": COUNT},
+    PairsConfig: {"limit_samples": COUNT},
+    DigitsConfig: {"num_public": COUNT, "num_teacher": COUNT, "num_prompts": COUNT, "num_test": COUNT},
+    PipelineConfig: {"seed": COUNT_OR_NONE},
+}
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError for the first number of a configuration that lies outside its range."""
+    ranges = RANGES.get(type(config), {})
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, prefix=f"{key}.")
+        elif field.name in ranges and value is not None and value not in ranges[field.name]:
+            raise ConfigError(f"{key} is {value:g}", where=key, remedy=f"it must be {ranges[field.name]}")

@@ -1,0 +1,316 @@
+"""Combinations that cannot work, found before any model is built: every check reads the configuration and small files only."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
+from prism_nemo.config.layout import CP, EP, PP, ModelSizes, check_model, check_parallel, data_parallel_size, read_model_sizes
+from prism_nemo.config.ranges import check_ranges
+from prism_nemo.config.schema import (
+    AlignConfig,
+    DataConfig,
+    DiscriminatorConfig,
+    DiscriminatorView,
+    EvalConfig,
+    OptimizerConfig,
+    PairsConfig,
+    ParallelConfig,
+    PipelineConfig,
+    PipelineStage,
+    RLVRConfig,
+    RolloutConfig,
+    RolloutEngineKind,
+    Routing,
+    StageKind,
+    TrainerConfig,
+    WarmupConfig,
+)
+from prism_nemo.errors import ConfigError, LayoutError
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+OUTPUT_MADE_BY = {
+    "policy": (StageKind.sft, StageKind.align, StageKind.rlvr),
+    "discriminator": (StageKind.warmup, StageKind.align),
+    "pairs": (StageKind.pairs,),
+}
+
+
+def validate(config: Config, world_size: int | None = None) -> None:
+    """Checks values against each other, against the model's `config.json`, and that data files exist.
+
+    world_size is the number of ranks that will run; with None what depends on it is left out.
+    Raises ConfigError or LayoutError, naming key and remedy.
+    """
+    if isinstance(config, PipelineConfig):
+        _check_pipeline(config, world_size)
+        return
+    _check_settings(config, world_size)
+    _check_data_files(config)
+    _check_models(config)
+    _unsupported_layouts(config.parallel)
+
+
+def _check_settings(config: StageConfig, world_size: int | None) -> None:
+    """What needs no files."""
+    check_ranges(config)
+    check_parallel(config.parallel, world_size)
+    _check_pixels(config.data)
+    if isinstance(config, AlignConfig):
+        _check_optimizer(config.discriminator_optimizer, config.trainer, "discriminator_optimizer")
+        _check_probe_gate(config)
+    if isinstance(config, AlignConfig | WarmupConfig):
+        _check_discriminator(config.discriminator)
+    if isinstance(config, AlignConfig | RLVRConfig):
+        _check_group(config.rollout)
+    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig):
+        _check_sampling(config.rollout)
+    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig):
+        _check_rollout_engine(config.rollout)
+    if isinstance(config, EvalConfig):
+        _check_greedy(config.rollout)
+    elif not isinstance(config, PairsConfig):
+        _check_optimizer(config.optimizer, config.trainer, "optimizer")
+        _check_trainer(config.trainer, config.data, config.parallel, world_size)
+        _check_row_budget(config)
+    if not isinstance(config, WarmupConfig) and config.model.freeze_vision_model and config.model.freeze_language_model:
+        raise ConfigError(
+            "the whole policy is frozen",
+            where="model.freeze_vision_model, model.freeze_language_model",
+            remedy="set one of them to false",
+        )
+
+
+def _check_optimizer(optimizer: OptimizerConfig, trainer: TrainerConfig, section: str) -> None:
+    if optimizer.lr_warmup_fraction and optimizer.lr_warmup_iters:
+        raise ConfigError(
+            f"warm-up is given twice, as {optimizer.lr_warmup_fraction:g} of the run and as {optimizer.lr_warmup_iters} steps",
+            where=f"{section}.lr_warmup_fraction, {section}.lr_warmup_iters",
+            remedy="set one of them to 0",
+        )
+    if optimizer.lr_warmup_iters >= trainer.max_steps and optimizer.lr_warmup_iters:
+        raise ConfigError(
+            f"a warm-up of {optimizer.lr_warmup_iters} steps does not end within the {trainer.max_steps} steps of the run",
+            where=f"{section}.lr_warmup_iters",
+            remedy="make it smaller than trainer.max_steps",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"the learning rate would decay from {optimizer.lr:g} up to {optimizer.min_lr:g}",
+            where=f"{section}.min_lr",
+            remedy=f"make it at most {section}.lr",
+        )
+
+
+def _check_trainer(trainer: TrainerConfig, data: DataConfig, parallel: ParallelConfig, world_size: int | None) -> None:
+    if trainer.val_check_interval and data.validation is None:
+        raise ConfigError(
+            f"validation is asked for every {trainer.val_check_interval} steps, and there are no records for it",
+            where="trainer.val_check_interval, data.validation",
+            remedy="set data.validation=FILE, or trainer.val_check_interval=0",
+        )
+    if world_size is None:
+        return
+    copies = data_parallel_size(parallel, world_size)
+    if trainer.global_batch_size % copies:
+        raise LayoutError(
+            f"a global batch of {trainer.global_batch_size} does not divide over {copies} data-parallel ranks",
+            where="trainer.global_batch_size",
+            remedy=f"use a multiple of {copies}, such as {-(-trainer.global_batch_size // copies) * copies}, "
+            "or give more ranks to one model (parallel.tensor_model_parallel_size)",
+        )
+
+
+def _check_row_budget(config: StageConfig) -> None:
+    """A row holds at least one prompt with its longest segment."""
+    assert not isinstance(config, EvalConfig | PairsConfig)
+    segments = {}
+    if not isinstance(config, WarmupConfig):
+        segments["data.max_response_length"] = config.data.max_response_length
+    if isinstance(config, WarmupConfig | AlignConfig):
+        segments["discriminator.max_segment_length"] = config.discriminator.max_segment_length
+    for key, length in segments.items():
+        needed = config.data.max_prompt_length + length
+        if needed > config.trainer.max_tokens_per_row:
+            raise ConfigError(
+                f"a row of {config.trainer.max_tokens_per_row} tokens does not hold a prompt of {config.data.max_prompt_length} "
+                f"with {length} more",
+                where=f"trainer.max_tokens_per_row, data.max_prompt_length, {key}",
+                remedy=f"set trainer.max_tokens_per_row to {needed} or more, or lower the others",
+            )
+
+
+def _check_pixels(data: DataConfig) -> None:
+    low, high = data.image_min_pixels, data.image_max_pixels
+    if low is not None and high is not None and low > high:
+        raise ConfigError(
+            f"images cannot have at least {low} and at most {high} pixels",
+            where="data.image_min_pixels, data.image_max_pixels",
+            remedy="make the first at most the second",
+        )
+
+
+def _check_discriminator(discriminator: DiscriminatorConfig) -> None:
+    experts, topk = discriminator.num_experts, discriminator.moe_router_topk
+    dedicated = discriminator.routing is Routing.dedicated
+    if experts > 1 and topk > experts:
+        raise ConfigError(
+            f"a token cannot reach {topk} of {experts} experts",
+            where="discriminator.moe_router_topk",
+            remedy=f"make it at most {experts}, or raise discriminator.num_experts",
+        )
+    if dedicated and discriminator.view is DiscriminatorView.whole:
+        raise ConfigError(
+            "dedicated routing tells perception from reasoning, and the whole response is scored as one",
+            where="discriminator.routing, discriminator.view",
+            remedy="use discriminator.routing=learned or discriminator.view=segments",
+        )
+    if dedicated and (experts % 2 or experts // 2 < topk):
+        raise ConfigError(
+            f"dedicated routing needs two equal pools of at least {topk} experts, and there are {experts} experts",
+            where="discriminator.num_experts",
+            remedy=f"use an even number of at least {2 * topk}, a smaller discriminator.moe_router_topk, "
+            "or discriminator.routing=learned",
+        )
+
+
+def _check_group(rollout: RolloutConfig) -> None:
+    if rollout.num_rollouts_per_prompt < 2:
+        raise ConfigError(
+            "advantages compare the responses to one prompt, and there is one response",
+            where="rollout.num_rollouts_per_prompt",
+            remedy="use at least 2; the paper uses 16",
+        )
+
+
+def _check_sampling(rollout: RolloutConfig) -> None:
+    if rollout.temperature <= 0:
+        raise ConfigError(
+            f"responses are sampled, which temperature {rollout.temperature:g} does not do",
+            where="rollout.temperature",
+            remedy="use a temperature above 0, such as 1.0; greedy decoding is for eval",
+        )
+
+
+def _check_greedy(rollout: RolloutConfig) -> None:
+    if rollout.temperature == 0 and rollout.num_rollouts_per_prompt > 1:
+        raise ConfigError(
+            f"greedy decoding gives the same response {rollout.num_rollouts_per_prompt} times",
+            where="rollout.temperature, rollout.num_rollouts_per_prompt",
+            remedy="set rollout.num_rollouts_per_prompt=1, or a temperature above 0",
+        )
+
+
+def _check_rollout_engine(rollout: RolloutConfig) -> None:
+    if rollout.engine is RolloutEngineKind.vllm and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed",
+            where="rollout.engine",
+            remedy="install the `gpu` extra (pip install 'prism-nemo[gpu]'), or use rollout=megatron",
+        )
+
+
+def _check_probe_gate(config: AlignConfig) -> None:
+    if config.algorithm.min_content_probe is not None and config.data.validation is None:
+        raise ConfigError(
+            "the content probe is measured on held-out records, and there are none",
+            where="algorithm.min_content_probe, data.validation",
+            remedy="set data.validation=FILE, or algorithm.min_content_probe=null",
+        )
+
+
+def _check_data_files(config: StageConfig) -> None:
+    data = config.data
+    key, required = ("validation", data.validation) if isinstance(config, EvalConfig) else ("train", data.train)
+    if required is None:
+        raise ConfigError("there is no data file", where=f"data.{key}", remedy=f"set data.{key}=FILE")
+    for key, name in (("data.train", data.train), ("data.validation", data.validation)):
+        if name is None:
+            continue
+        if Path(name).suffix.lower() not in DATA_SUFFIXES:
+            raise ConfigError(
+                f"`{name}` is not a data file", where=key, remedy=f"use one that ends in {', '.join(DATA_SUFFIXES)}"
+            )
+        if not Path(name).is_file():
+            raise ConfigError("the data file does not exist", where=f"{key}: {name}", remedy="check the path")
+    if data.image_root is not None and not Path(data.image_root).is_dir():
+        raise ConfigError("the image folder does not exist", where=f"data.image_root: {data.image_root}", remedy="check the path")
+
+
+def _check_models(config: StageConfig) -> None:
+    """Reads every model's sizes and checks them against the layout."""
+    models: list[ModelSizes] = []
+    if not isinstance(config, WarmupConfig):
+        models.append(read_model_sizes(Path(config.model.path), key="model.path"))
+    if isinstance(config, WarmupConfig | AlignConfig):
+        discriminator = config.discriminator
+        if discriminator.path is None:
+            made_from = "the dense model to upcycle" if isinstance(config, WarmupConfig) else "the discriminator after warm-up"
+            raise ConfigError(
+                "there is no discriminator", where="discriminator.path", remedy=f"give the directory of {made_from}"
+            )
+        sizes = read_model_sizes(Path(discriminator.path), key="discriminator.path")
+        if discriminator.num_experts > 1:
+            sizes = dataclasses.replace(sizes, num_experts=discriminator.num_experts, moe_ffn_hidden_size=sizes.ffn_hidden_size)
+        models.append(sizes)
+    for sizes in models:
+        check_model(sizes, config.parallel)
+    if config.parallel.expert_model_parallel_size > 1 and all(sizes.num_experts is None for sizes in models):
+        raise LayoutError("the model has no experts to distribute", where=f"{EP}, {models[0].where}", remedy=f"set {EP} to 1")
+
+
+def _unsupported_layouts(parallel: ParallelConfig) -> None:
+    """Layouts that the models allow and the stages of this release do not run."""
+    for key, size in (
+        (PP, parallel.pipeline_model_parallel_size),
+        (CP, parallel.context_parallel_size),
+        (EP, parallel.expert_model_parallel_size),
+    ):
+        if size > 1:
+            raise LayoutError(
+                f"{key.partition('.')[2]} of {size} is not supported in this release",
+                where=key,
+                remedy="set it to 1 and use parallel.tensor_model_parallel_size and more data-parallel ranks",
+            )
+
+
+def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
+    """Loads every stage's configuration, so that a typo in the last one is found before the first one runs."""
+    check_ranges(config)
+    if not config.stages:
+        raise ConfigError(
+            "the pipeline has no stages", where="stages", remedy="choose one (demo=digits), or give a file with --config"
+        )
+    earlier: dict[str, PipelineStage] = {}
+    for stage in config.stages:
+        where = f"pipeline stage {stage.name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", stage.name):
+            raise ConfigError(f"`{stage.name}` cannot name a folder", where="stages", remedy="use letters, digits, `_` and `-`")
+        if stage.name in earlier:
+            raise ConfigError("two stages have this name", where=where, remedy="names are unique, each is a folder of the run")
+        overrides = stage_overrides(config, stage)
+        _check_references(overrides, earlier, where)
+        try:
+            loaded = load_config(stage.stage, overrides)
+            assert not isinstance(loaded, PipelineConfig)
+            _check_settings(loaded, world_size)
+            _unsupported_layouts(loaded.parallel)
+        except ConfigError as error:
+            raise type(error)(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from error
+        earlier[stage.name] = stage
+
+
+def _check_references(overrides: list[str], earlier: dict[str, PipelineStage], where: str) -> None:
+    for kind, name in re.findall(r"\$\{(policy|discriminator|pairs):([^}]*)\}", " ".join(overrides)):
+        makers = [stage.name for stage in earlier.values() if stage.stage in OUTPUT_MADE_BY[kind]]
+        if name not in makers:
+            raise ConfigError(
+                f"${{{kind}:{name}}} is not the output of an earlier stage",
+                where=where,
+                remedy=f"one of {', '.join(f'${{{kind}:{maker}}}' for maker in makers)}"
+                if makers
+                else f"no earlier stage makes a {kind}",
+            )
