@@ -6,9 +6,11 @@ own file (`--config`); groups chosen on the command line (`algorithm=dapo`); sin
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from prism_nemo.config.layers import (
     conf_root,
     expand,
     first_line,
+    option_names,
     parse_yaml_value,
     read_document,
     read_option,
+    read_shipped_document,
     split_overrides,
 )
 from prism_nemo.config.schema import (
@@ -69,7 +73,7 @@ def load_config(stage: str, overrides: Sequence[str] = (), *, config_file: Path 
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise _resolution_error(error) from error
-    assert isinstance(loaded, SCHEMAS[stage])
+    assert isinstance(loaded, Config)
     return loaded
 
 
@@ -80,12 +84,31 @@ def compose(stage: str, overrides: Sequence[str] = (), *, config_file: Path | No
     for name in OUTPUT_REFERENCES:
         OmegaConf.register_new_resolver(name, lambda of, name=name: f"${{{name}:{of}}}", replace=True)
     schema = SCHEMAS[stage]
-    config = OmegaConf.structured(schema)
-    assert isinstance(config, DictConfig)
+    config = copy.deepcopy(_defaults(schema))
     for layer in _layers(stage, overrides, config_file):
         for key, value in _flatten(schema, layer.values, layer.source):
             _assign(config, schema, key, value, layer.source)
     return config
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """The schema's own defaults; to be copied, which is far quicker than building them again."""
+    config = OmegaConf.structured(schema)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def options_for(stage: str, group: str) -> list[str]:
+    """The options of a group that set only keys which the stage has."""
+
+    def fits(option: str) -> bool:
+        try:
+            return bool(list(_flatten(SCHEMAS[stage], read_option(group, option, where=group).values, group)))
+        except ConfigError:
+            return False
+
+    return [option for option in option_names(group) if fits(option)]
 
 
 def dump_config(config: Config) -> str:
@@ -106,7 +129,9 @@ def stage_overrides(pipeline: PipelineConfig, stage: PipelineStage) -> list[str]
 def _layers(stage: str, overrides: Sequence[str], config_file: Path | None) -> Iterator[Layer]:
     groups, values = split_overrides(overrides)
     own = read_document(config_file) if config_file else None
-    yield from expand(read_document(conf_root() / f"{stage}.yaml"), without=groups.keys() | (own.groups if own else set()))
+    yield from expand(
+        read_shipped_document(conf_root() / f"{stage}.yaml"), without=groups.keys() | (own.groups if own else set())
+    )
     if own:
         yield from expand(own, without=groups.keys())
     for group, option in groups.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def read_document(path: Path) -> Document:
 
     Raises ConfigError when the file is missing, is not YAML, or its `defaults:` list is not understood.
     """
-    values = _read_yaml(path)
-    entries = values.pop("defaults", [SELF])
+    content = _read_yaml(path)
+    values = {key: value for key, value in content.items() if key != "defaults"}
+    entries = content.get("defaults", [SELF])
     if not isinstance(entries, list):
         raise ConfigError(f"`defaults` is {entries!r}", where=str(path), remedy="a list of `group: option` entries and `_self_`")
     defaults = tuple(_default_entry(entry, path) for entry in entries)
@@ -83,23 +85,37 @@ def expand(document: Document, *, without: Collection[str] = ()) -> Iterator[Lay
 
 def read_option(group: str, option: str, *, where: str) -> Layer:
     """The layer of `conf/<group>/<option>.yaml`. Raises ConfigError, naming what there is, when there is no such option."""
-    folder = conf_root() / group
-    options = sorted(path.stem for path in folder.glob("*.yaml"))
+    options = option_names(group)
     if option not in options:
         raise ConfigError(
             f"{group}={option}: there is no such option of {group}",
             where=where,
             remedy=did_you_mean(option, options) or f"one of {', '.join(options)}; a single key is set as {group}.KEY=VALUE",
         )
-    path = folder / f"{option}.yaml"
-    values = _read_yaml(path)
+    path = conf_root() / group / f"{option}.yaml"
+    values, is_global = _read_option(path)
     if "defaults" in values:
         remedy = "put it into the stage's file"
         raise ConfigError("an option of a group cannot have a `defaults:` list", where=str(path), remedy=remedy)
-    is_global = path.read_text(encoding="utf-8").startswith(GLOBAL_PACKAGE)
     return Layer(str(path), values if is_global else {group: values})
 
 
+@cache
+def read_shipped_document(path: Path) -> Document:
+    """`read_document`, once a process: a pipeline reads the shipped files for each of its stages."""
+    return read_document(path)
+
+
+@cache
+def _read_option(path: Path) -> tuple[dict[str, Any], bool]:
+    return _read_yaml(path), path.read_text(encoding="utf-8").startswith(GLOBAL_PACKAGE)
+
+
+def option_names(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_root() / group).glob("*.yaml"))
+
+
+@cache
 def group_names() -> frozenset[str]:
     return frozenset(path.name for path in conf_root().iterdir() if path.is_dir())
 

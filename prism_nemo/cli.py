@@ -1,0 +1,252 @@
+"""The command line: parses and checks everything before the heavy imports, so that help and mistakes cost no waiting.
+
+What a command needs is imported when it runs. Exit status: 0, 2 for a `PrismError` (shown without a traceback, unless
+PRISM_NEMO_TRACEBACK=1), 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from prism_nemo.errors import ConfigError, PrismError
+
+PROGRAM = "prism-nemo"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that runs `module.run(config)`."""
+
+    module: str
+    summary: str
+    example: str
+
+
+STAGES = {
+    "sft": Stage(
+        "prism_nemo.stages.sft",
+        "supervised fine-tuning on demonstrations",
+        "model.path=models/Qwen3-VL-8B data.train=demos.jsonl trainer.max_steps=5000 experiment.dir=runs/sft parallel=tp2",
+    ),
+    "pairs": Stage(
+        "prism_nemo.stages.pairs",
+        "sample the policy's responses beside the teacher's, for the warm-up",
+        "model.path=runs/sft/checkpoints/latest data.train=teacher.jsonl experiment.dir=runs/pairs",
+    ),
+    "warmup": Stage(
+        "prism_nemo.stages.warmup",
+        "upcycle a dense model to the discriminator and train it on teacher/student pairs",
+        "discriminator.path=models/Qwen3-VL-2B data.train=pairs.jsonl experiment.dir=runs/warmup",
+    ),
+    "align": Stage(
+        "prism_nemo.stages.align",
+        "adversarial alignment of the policy with the teacher (PRISM)",
+        "model.path=SFT discriminator.path=WARMUP data.train=teacher.jsonl experiment.dir=runs/align optimizer.lr=1e-6",
+    ),
+    "rlvr": Stage(
+        "prism_nemo.stages.rlvr",
+        "reinforcement learning with verifiable rewards (GRPO, DAPO, GSPO, Dr.GRPO)",
+        "model.path=ALIGNED data.train=prompts.jsonl experiment.dir=runs/rlvr algorithm=dapo parallel=tp2",
+    ),
+    "eval": Stage(
+        "prism_nemo.stages.evaluate",
+        "answer and caption accuracy and format rate on held-out records",
+        "model.path=ALIGNED data.validation=test.jsonl experiment.dir=runs/eval rollout.temperature=0",
+    ),
+    "pipeline": Stage(
+        "prism_nemo.stages.pipeline",
+        "several stages, each from the output of an earlier one",
+        "demo=digits experiment.dir=runs/demo",
+    ),
+}
+
+HELP = f"""\
+usage: {PROGRAM} COMMAND [...]
+
+Post-trains Qwen3-VL: SFT, adversarial alignment (PRISM), RLVR.
+
+training
+{{training}}
+
+evaluation
+{{evaluation}}
+
+checkpoints
+  convert import   a HuggingFace directory to a checkpoint
+  convert export   a checkpoint to a HuggingFace directory
+
+examples
+  {PROGRAM} pipeline demo=digits
+  {PROGRAM} rlvr model.path=DIR data.train=FILE experiment.dir=runs/rlvr algorithm=dapo optimizer.lr=1e-5
+  {PROGRAM} rlvr --config mine.yaml trainer.max_steps=10 --cfg
+  torchrun --nproc-per-node 2 -m prism_nemo align parallel=tp2 ...
+
+{PROGRAM} COMMAND --help shows a command's options and, for a stage, every setting.
+"""
+
+CONVERT_HELP = f"""\
+usage: {PROGRAM} convert import --hf DIR --out DIR
+       {PROGRAM} convert export --checkpoint DIR --out DIR
+
+  import   reads a HuggingFace directory (safetensors) and writes a checkpoint of this project
+  export   reads a checkpoint and writes a HuggingFace directory, with config, tokenizer and processor
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `PrismError`s, told like all others."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"{PROGRAM} {command}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, where=self.prog, remedy=f"{self.prog} --help shows how it is called; settings are key=value")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name, by default the process's. Returns the exit status."""
+    try:
+        try:
+            run = _prepare(list(sys.argv[1:] if argv is None else argv))
+        except PrismError as error:
+            # Every rank finds the same mistake in the same arguments.
+            return _fail(error, silent=_rank() > 0)
+        try:
+            run()
+        except PrismError as error:
+            return _fail(error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _prepare(arguments: list[str]) -> Callable[[], None]:
+    """Parses and checks, without heavy imports; returns what then runs."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        return lambda: _print(_help())
+    if command in STAGES:
+        return _prepare_stage(command, rest)
+    if command == "convert":
+        return _prepare_convert(rest)
+    if command == "report":
+        return _prepare_report(rest)
+    known = [*STAGES, "convert", "report"]
+    close = difflib.get_close_matches(command, known, n=1)
+    raise ConfigError(
+        f"there is no command `{command}`",
+        remedy=f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}",
+    )
+
+
+def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
+    parser = Parser(name)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        return lambda: _print(_stage_help(name))
+
+    from prism_nemo.config.compose import compose, load_config
+    from prism_nemo.config.validate import validate
+
+    if options.cfg:
+        from omegaconf import OmegaConf
+
+        text = OmegaConf.to_yaml(compose(name, options.overrides, config_file=options.config))
+        return lambda: _print(text)
+    config = load_config(name, options.overrides, config_file=options.config)
+    validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return lambda: importlib.import_module(STAGES[name].module).run(config)
+
+
+def _prepare_convert(arguments: list[str]) -> Callable[[], None]:
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        return lambda: _print(CONVERT_HELP)
+    sources = {"import": "hf", "export": "checkpoint"}
+    direction, rest = arguments[0], arguments[1:]
+    if direction not in sources:
+        raise ConfigError(f"convert cannot `{direction}`", remedy=f"{PROGRAM} convert import or {PROGRAM} convert export")
+    parser = Parser(f"convert {direction}")
+    parser.add_argument(f"--{sources[direction]}", dest="source", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(rest)
+
+    def run() -> None:
+        commands = importlib.import_module("prism_nemo.convert.commands")
+        if direction == "import":
+            commands.import_hf(options.source, options.out)
+        else:
+            commands.export_hf(options.source, options.out)
+
+    return run
+
+
+def _prepare_report(arguments: list[str]) -> Callable[[], None]:
+    if "-h" in arguments or "--help" in arguments:
+        text = f"usage: {PROGRAM} report RUN_DIR\n\nTables and curves of a pipeline's or a stage's run directory.\n"
+        return lambda: _print(text)
+    parser = Parser("report")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    options = parser.parse_args(arguments)
+    return lambda: importlib.import_module("prism_nemo.report.command").run(options.run_dir)
+
+
+def _help() -> str:
+    def lines(*names: str) -> str:
+        return "\n".join(f"  {name:<16} {STAGES[name].summary}" for name in names)
+
+    return HELP.format(
+        training=lines("sft", "pairs", "warmup", "align", "rlvr", "pipeline"),
+        evaluation=f"{lines('eval')}\n  {'report RUN_DIR':<16} tables and curves of a run directory",
+    )
+
+
+def _stage_help(name: str) -> str:
+    from prism_nemo.config.reference import render_keys
+
+    stage = STAGES[name]
+    return f"""\
+usage: {PROGRAM} {name} [--config FILE] [--cfg] [KEY=VALUE | GROUP=OPTION ...]
+
+{stage.summary[0].upper()}{stage.summary[1:]}.
+
+  --config FILE   a YAML file of settings, over the shipped ones and under those on the command line
+  --cfg           print the composed settings as YAML, and stop
+
+example
+  {PROGRAM} {name} {stage.example}
+
+{render_keys(name)}"""
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(error: PrismError, *, silent: bool = False) -> int:
+    """Shows an error on standard error and returns its exit status.
+
+    Once a stage runs, ranks fail for reasons of their own, and the one that knows it says so, with its number.
+    """
+    if not silent:
+        if os.environ.get("PRISM_NEMO_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        prefix = f"[rank {_rank()}] " if _rank() > 0 else ""
+        print(f"{prefix}{PROGRAM}: {error}", file=sys.stderr)
+    return 2
