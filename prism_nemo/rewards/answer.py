@@ -3,8 +3,8 @@
 Exact: two numbers match when they are the same rational number and carry the same unit, never because they are close; what
 the rules below cannot show to be the same does not match. The comparison is a pure function of the two texts, in bounded time.
 
-* Form: white space, LaTeX spacing, `$`, `\\(…\\)`, `\\text{…}`, `\\left` and `\\right`, a surrounding `\\boxed{…}` or `**…**`, and periods
-  at the end do not matter. `$` never matters, so it says no currency.
+* Form: white space, LaTeX spacing, `$`, `\\(…\\)`, `\\text{…}`, `\\left` and `\\right`, a surrounding `\\boxed{…}` or `**…**`,
+  and periods at the end do not matter. `$` never matters, so it says no currency.
 * Numbers: `1000` = `1,000` (a comma between digits groups thousands only where it stands right), `1 1/2` = `1.5`,
   `0.5` = `.5` = `1/2` = `\\frac{1}{2}`, `1e3` = `1 \\times 10^3` = `1000`. `0.333` is not `1/3`.
 * A percentage is its value: `50%` = `0.5`, and neither is `50`.
@@ -63,7 +63,8 @@ _QUANTITY = re.compile(
     re.VERBOSE,
 )
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice)\s+)?(?:\((?P<inside>[A-Ja-j])\)[.:]?|(?P<bare>[A-Ja-j])(?P<delimiter>[.:)])?)(?:\s+(?!(?i:and|or)\b)(?P<text>[^&/|,].*))?"
+    r"(?:(?i:option|choice)\s+)?(?:\((?P<inside>[A-Ja-j])\)[.:]?|(?P<bare>[A-Ja-j])(?P<delimiter>[.:)])?)"
+    r"(?:\s+(?!(?i:and|or)\b)(?P<text>[^&/|,].*))?"
 )
 _EXPRESSION = re.compile(r"[\\^_=+*<>]")
 
