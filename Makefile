@@ -30,11 +30,12 @@ help:
 	@echo 'make clean     removes caches and builds; keeps $(VENV) and runs'
 
 install: $(INSTALLED)
+	@:
 
 $(INSTALLED): pyproject.toml
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo 'prism-nemo needs Python 3.11 or newer; "$(PYTHON)" is not.' >&2; \
-		echo 'Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+		echo 'prism-nemo needs Python 3.11 or newer, and $(or $(PYTHON),python3) is not.' >&2; \
+		echo 'Name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install '$(TORCH)'
 	$(BIN)/python -m pip install -e '.[$(EXTRAS)]'
