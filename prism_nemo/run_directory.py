@@ -200,7 +200,7 @@ def check_same_run(directory: Path, *, stages: tuple[str, str], configs: tuple[s
 
 def describe_environment() -> dict[str, Any]:
     """Versions, host, command and commit; nothing that changes from one start to the next on the same machine."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
