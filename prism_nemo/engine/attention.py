@@ -1,6 +1,6 @@
 """Attention over packed rows: one mask, two exact implementations.
 
-On the CPU ("split"): stretches of tokens that are causal on their own (a prefix; a prefix with its only segment) run as one padded
+On the CPU ("split"): stretches of tokens causal on their own (a prefix; a prefix with its only segment) run as one padded
 causal batch without a mask; the segments that share a prefix run as one batch over [prefix keys | own keys]. On a GPU the same
 mask goes to FlexAttention as a block mask. Both equal running every `prefix + segment` alone.
 
@@ -9,6 +9,7 @@ Shape legend: T tokens of a row, H query heads, G key/value heads, D head dimens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,18 +102,24 @@ class RowAttention:
         prefix = prefix_valid[:, None, None, :].expand(-1, 1, longest, -1)
         return _Batch(query_index, torch.cat([prefix_index, query_index], dim=1), torch.cat([prefix, own], dim=-1), valid)
 
-    @cached_property
-    def _block_mask(self) -> Any:
-        """The same pattern for FlexAttention."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
+    def mask_function(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Whether a query token may see a key token, bool, for indices (batch, head, query, key) as FlexAttention asks."""
         group, segment = self.layout.token_group.to(self.device), self.layout.token_segment.to(self.device)
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same = (group[query] == group[key]) & ((segment[query] == segment[key]) | (segment[key] < 0))
             return same & (query >= key)
 
-        return create_block_mask(visible, None, None, self.layout.length, self.layout.length, device=str(self.device))
+        return visible
+
+    @cached_property
+    def _block_mask(self) -> Any:
+        """The same pattern for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(
+            self.mask_function(), None, None, self.layout.length, self.layout.length, device=str(self.device)
+        )
 
     def __call__(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float) -> Tensor:
         """Attention output [T, H, D]; padding tokens get zeros on the CPU and see one another on a GPU (nothing reads them)."""
