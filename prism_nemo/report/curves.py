@@ -33,7 +33,7 @@ class Panel:
     title: str
     ylabel: str
     stages: tuple[str, ...]  # kinds of stage whose folders are read
-    metric: str  # a pattern of fnmatch; what follows its last "/" names the curve, unless `by_arm`
+    metric: str  # a pattern of fnmatch; what its "*" stands for names the curve, unless `by_arm`
     by_arm: bool = False  # a curve per arm, on one axis that goes on where the arm before it ended
     share: bool = False  # lies between 0 and 1
     guides: Mapping[str, float] = field(default_factory=dict)  # dotted lines, by what they mean
@@ -73,6 +73,7 @@ class StageMetrics:
 
 POLICY = ("align", "rlvr")
 PAIRS = "share of pairs, ties left out"
+LOAD = "share of the tokens' choices"
 PANELS = (
     Panel("SFT: loss", "nats per token", ("sft",), "loss", by_arm=True),
     Panel("Right answers", "share of rollouts", POLICY, "accuracy", by_arm=True, share=True),
@@ -81,12 +82,16 @@ PANELS = (
     Panel("Valid format", "share of rollouts", POLICY, "format_rate", by_arm=True, share=True),
     Panel("Entropy of the policy", "nats per token", POLICY, "entropy", by_arm=True),
     Panel("Warm-up: discriminator loss", "nats per pair", ("warmup",), "loss"),
-    Panel("Warm-up: teacher over student", PAIRS, ("warmup",), "accuracy/*", share=True, guides=CHANCE),
-    Panel("Warm-up: content probe", PAIRS, ("warmup",), "probe/*", share=True, guides=WANTED),
+    Panel("Warm-up: teacher over student", PAIRS, ("warmup",), "*/accuracy", share=True, guides=CHANCE),
+    Panel("Warm-up: content probe", "share of pairs", ("warmup",), "*/content_probe", share=True, guides=WANTED),
     Panel("Game: discriminator loss", "nats per rollout", ("align",), "discriminator/loss"),
-    Panel("Game: teacher over student", PAIRS, ("align",), "discriminator/accuracy/*", share=True, guides=CHANCE),
-    Panel("Game: content probe", PAIRS, ("align",), "*probe/*", share=True, guides=WANTED),
-    Panel("Game: scores of the rollouts", "mean score", ("align",), "score/*"),
+    Panel("Game: teacher over student", PAIRS, ("align",), "*/accuracy", share=True, guides=CHANCE),
+    Panel("Game: content probe", "share of pairs", ("align",), "*/content_probe", share=True, guides=WANTED),
+    Panel("Warm-up: experts of perception", LOAD, ("warmup",), "*expert_load/perception/*"),
+    Panel("Warm-up: experts of reasoning", LOAD, ("warmup",), "*expert_load/reasoning/*"),
+    Panel("Game: scores of the rollouts", "mean score", ("align",), "*/student_score"),
+    Panel("Game: experts of perception", LOAD, ("align",), "*expert_load/perception/*"),
+    Panel("Game: experts of reasoning", LOAD, ("align",), "*expert_load/reasoning/*"),
     Panel("Response length", "tokens", POLICY, "response_length", by_arm=True),
 )
 
@@ -144,7 +149,7 @@ def curves_of(panel: Panel, stages: Sequence[StageMetrics]) -> list[Curve]:
         arm = arm_of(stage.name)
         offset = last_steps.get(arm.follows, 0) if panel.by_arm and arm.follows else 0
         for name in stage.names(panel.metric):
-            kind = name.rpartition("/")[2]
+            kind = _last_wildcard(panel.metric, name)
             color: str | None = arm.color
             if panel.by_arm:
                 label = arm.label
@@ -154,6 +159,12 @@ def curves_of(panel: Panel, stages: Sequence[StageMetrics]) -> list[Curve]:
             if curve.train or curve.validation:
                 curves.append(curve)
     return curves
+
+
+def _last_wildcard(pattern: str, name: str) -> str:
+    """What `name` has in the place of the last "*" of `pattern`, from its last "/" on: `perception` in `perception/accuracy`."""
+    ending = pattern.rpartition("*")[2]
+    return name.removesuffix(ending).rpartition("/")[2] if "*" in pattern else name
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -4,7 +4,7 @@
       "<arm>": {"accuracy", "caption_accuracy", "format_rate",            at temperature 1, on held-out problems
                 "greedy": {"accuracy", "caption_accuracy", "format_rate"},
                 "steps", "seconds"},                                      of the arm's own last stage; may be absent
-      "discriminator": {…},         health: numbers, nested as deep as they come; the last name may be a segment kind
+      "discriminator": {…},         health: numbers, nested or named like/this; one part may be a segment kind
       "seed", "steps", "seconds"    of the whole pipeline
     }
 
@@ -86,9 +86,9 @@ def health_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per figure of the discriminator's health: name, perception, reasoning, and the figure that is of neither."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in _leaves(summary.get("discriminator", {})):
-        parent, _, last = name.rpartition("/")
-        name, column = (parent, last) if last in SEGMENTS else (name, "all")
-        rows.setdefault(name, {})[column] = value
+        parts = name.split("/")
+        column = next((part for part in parts if part in SEGMENTS), "all")
+        rows.setdefault("/".join(part for part in parts if part != column), {})[column] = value
     return [(name, *(_share(columns.get(column)) for column in (*SEGMENTS, "all"))) for name, columns in rows.items()]
 
 

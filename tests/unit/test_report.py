@@ -59,9 +59,9 @@ def pipeline(tmp_path: Path) -> Path:
         root / "align",
         "align",
         [
-            (1, "train", {"accuracy": 0.5, "discriminator/accuracy/perception": 0.9, "score/perception": math.nan}),
-            (2, "train", {"accuracy": 0.6, "discriminator/accuracy/perception": 0.8, "score/perception": math.inf}),
-            (2, "validation", {"accuracy": 0.65, "probe/reasoning": 0.75}),
+            (1, "train", {"accuracy": 0.5, "discriminator/perception/accuracy": 0.9, "perception/student_score": math.nan}),
+            (2, "train", {"accuracy": 0.6, "discriminator/perception/accuracy": 0.8, "perception/student_score": math.inf}),
+            (2, "validation", {"accuracy": 0.65, "reasoning/content_probe": 0.75}),
         ],
     )
     write_stage(root / "sft", "sft", [(1, "train", {"loss": 2.0})])
@@ -89,8 +89,8 @@ def test_an_arm_without_greedy_figures_shows_dashes() -> None:
 
 def test_health_has_a_column_per_segment() -> None:
     assert health_rows(SUMMARY) == [("warmup/probe", "0.812", "0.700", "–"), ("loss", "–", "–", "0.250")]
-    flat = {"discriminator": {"probe/perception": 0.8, "probe/reasoning": 0.7}}
-    assert health_rows(flat) == [("probe", "0.800", "0.700", "–")]
+    flat = {"discriminator": {"align/perception/ties": 0.8, "align/reasoning/ties": 0.7, "expert_load/perception/0": 0.25}}
+    assert health_rows(flat) == [("align/ties", "0.800", "0.700", "–"), ("expert_load/0", "0.250", "–", "–")]
 
 
 def test_the_table_fits_a_terminal_of_80_columns_without_cutting() -> None:
