@@ -67,6 +67,7 @@ class ChatEncoder:
         self.patch_size = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2  # of a patch vector
         text = _section(model_config, "text_config", ("vocab_size",))
         self.vocab_size = text["vocab_size"]  # the model's, which may exceed the tokenizer's
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.image_token_id = self._model_token(model_config, "image_token_id", IMAGE_PAD)
         self.video_token_id = self._model_token(model_config, "video_token_id", "<|video_pad|>")
         self.vision_start_token_id = self._model_token(model_config, "vision_start_token_id", "<|vision_start|>")
@@ -221,12 +222,12 @@ class ChatEncoder:
         return ids
 
     def _token_id(self, token: str) -> int:
-        index = self.tokenizer.get_vocab().get(token)
+        index = self._vocabulary.get(token)
         if index is None:
             raise ConfigError(
                 f"the tokenizer has no token {token}", remedy="use the tokenizer that comes with the Qwen3-VL model"
             )
-        return int(index)
+        return index
 
     def _model_token(self, model_config: Mapping[str, Any], key: str, token: str) -> int:
         index = self._token_id(token)
@@ -240,7 +241,7 @@ class ChatEncoder:
 
     def _find_banned(self) -> tuple[int, ...]:
         """Tokens that must never be sampled: special ones other than the end of turn, and embedding rows without a token."""
-        known = set(self.tokenizer.get_vocab().values())
+        known = set(self._vocabulary.values())
         if max(known) >= self.vocab_size:
             raise ConfigError(
                 f"the tokenizer has tokens up to {max(known)}, the model's embedding {self.vocab_size} rows",

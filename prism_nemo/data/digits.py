@@ -10,7 +10,7 @@ asked and answered, `digits_model` what model starts on it.
     teacher.jsonl   clean demonstrations with answer, caption and the content probe's other side, for warm-up and alignment
     prompts.jsonl   prompts with answer and caption and no response, for RLVR
     test.jsonl      as teacher.jsonl, with digits that no other file shows
-    images/         one PNG a record
+    images/         the strips, as PNG: one a record in test.jsonl, elsewhere one for every question in turn
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def write_digits_task(
     with new_directory(out) as directory:
         (directory / "images").mkdir()
         for number, (split, size) in enumerate(sizes.items()):
-            rng = np.random.default_rng([seed, 1 + number])
-            records = _records(split, size, test if split == "test" else train, tiles, labels, questions, rng, directory)
+            strips = _Strips(tiles, labels, test if split == "test" else train, directory)
+            records = _records(split, size, strips, questions, np.random.default_rng([seed, 1 + number]))
             with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
     return DigitsTask(Path(out))
@@ -123,33 +123,43 @@ def _split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[num_test:], order[:num_test]
 
 
+@dataclass(frozen=True)
+class _Strips:
+    """Draws strips of digits out of a pool, and writes them below `directory`."""
+
+    tiles: np.ndarray
+    labels: np.ndarray
+    pool: np.ndarray
+    directory: Path
+
+    def draw(self, image: str, rng: np.random.Generator) -> list[int]:
+        """Write a strip as the file `image` and return the indices of its digits."""
+        chosen = rng.choice(self.pool, size=int(rng.integers(MIN_DIGITS, MAX_DIGITS + 1)), replace=False)
+        Image.fromarray(np.concatenate(self.tiles[chosen], axis=1)).save(self.directory / image, compress_level=1)
+        return [int(index) for index in chosen]
+
+
 def _records(
-    split: str,
-    size: int,
-    pool: np.ndarray,
-    tiles: np.ndarray,
-    labels: np.ndarray,
-    questions: Sequence[str],
-    rng: np.random.Generator,
-    directory: Path,
+    split: str, size: int, strips: _Strips, questions: Sequence[str], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """Write the strips of one file and yield its records."""
+    asked = 1 if split == "test" else len(questions)  # questions a strip; held-out problems are independent of each other
     for number in range(size):
-        chosen = rng.choice(pool, size=int(rng.integers(MIN_DIGITS, MAX_DIGITS + 1)), replace=False)
-        digits = labels[chosen].tolist()
-        question = questions[int(rng.integers(len(questions)))]
-        name = f"{split}-{number:05d}"
-        image = f"images/{name}.png"
-        Image.fromarray(np.concatenate(tiles[chosen], axis=1)).save(directory / image, compress_level=1)
+        if number % asked == 0:
+            image = f"images/{split}-{number // asked:05d}.png"
+            sources = strips.draw(image, rng)
+            digits = [int(strips.labels[source]) for source in sources]
+            order = rng.permutation(len(questions))
+        question = questions[order[number % asked]]
         yield {
-            "id": name,
+            "id": f"{split}-{number:05d}",
             "messages": [
                 {"role": "user", "content": f"{IMAGE_PLACEHOLDER} {QUESTIONS[question]}"},
                 *_demonstration(split, question, digits, rng),
             ],
             "images": [image],
             **_facts(split, question, digits, rng),
-            "metadata": {"question": question, "digits": digits, "sources": chosen.tolist()},
+            "metadata": {"question": question, "digits": digits, "sources": sources},
         }
 
 

@@ -1,0 +1,249 @@
+"""Data files in every form the readers take, and every way in which a record or a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prism_nemo.data.readers import RecordSet, read_records
+from prism_nemo.data.records import ImageSource
+from prism_nemo.errors import DataError
+
+USER = {"role": "user", "content": "how many?"}
+ASSISTANT = {"role": "assistant", "content": "three"}
+
+
+def write_lines(path: Path, *items: object) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return path
+
+
+def read_one(tmp_path: Path, item: dict[str, Any]) -> Any:
+    return read_records(write_lines(tmp_path / "d.jsonl", item), image_root=None).records[0]
+
+
+def reason(tmp_path: Path, item: object) -> str:
+    """Why a single record is refused."""
+    found = read_records(write_lines(tmp_path / "d.jsonl", item), image_root=None, max_bad_sample_share=1.0)
+    assert not found.records
+    return found.bad[0].reason
+
+
+def test_sharegpt_messages_with_every_field(tmp_path: Path) -> None:
+    record = read_one(
+        tmp_path,
+        {
+            "id": "a-1",
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "<image>how <image>many?"},
+                ASSISTANT,
+            ],
+            "images": ["x.png", "sub/y.png"],
+            "answer": 3,
+            "caption": "two plates",
+            "probe_response": "four",
+            "student_response": "five",
+            "metadata": {"source": "kitchen"},
+        },
+    )
+    assert record.id == "a-1"
+    assert record.prompt == "<image>how <image>many?"
+    assert record.images == (ImageSource(path=tmp_path / "x.png"), ImageSource(path=tmp_path / "sub/y.png"))
+    assert (record.response, record.student_response, record.answer) == ("three", "five", "3")
+    assert (record.caption, record.probe_response) == ("two plates", "four")
+    assert record.metadata == {"source": "kitchen", "system": "be brief"}
+
+
+def test_sharegpt_conversations(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "three"}]
+    record = read_one(tmp_path, {"conversations": turns, "system": "be brief"})
+    assert (record.prompt, record.response, record.images, record.metadata) == ("how many?", "three", (), {"system": "be brief"})
+
+
+def test_a_prompt_without_a_response(tmp_path: Path) -> None:
+    record = read_one(tmp_path, {"messages": [USER], "answer": "3"})
+    assert (record.response, record.answer) == (None, "3")
+
+
+def test_placeholders_are_put_in_front_where_there_are_none(tmp_path: Path) -> None:
+    assert read_one(tmp_path, {"messages": [USER], "images": ["x.png", "y.png"]}).prompt == "<image><image>how many?"
+    assert read_one(tmp_path, {"prompt": "how many?", "image": "x.png"}).prompt == "<image>how many?"
+
+
+def test_image_paths_are_taken_from_the_root(tmp_path: Path) -> None:
+    file = write_lines(
+        tmp_path / "d.jsonl", {"messages": [USER], "images": ["x.png"]}, {"messages": [USER], "images": ["/y.png"]}
+    )
+    records = read_records(file, image_root=tmp_path / "pictures").records
+    assert [record.images[0].path for record in records] == [tmp_path / "pictures/x.png", Path("/y.png")]
+
+
+def test_pairs_of_whole_responses(tmp_path: Path) -> None:
+    record = read_one(
+        tmp_path, {"prompt": "q", "image": "x.png", "teacher_response": "good", "student_response": "bad", "answer": "3"}
+    )
+    assert (record.prompt, record.response, record.student_response, record.answer) == ("<image>q", "good", "bad", "3")
+
+
+def test_pairs_of_parts_are_put_together(tmp_path: Path) -> None:
+    parts = {
+        "question": "q",
+        "teacher_caption": " a dog ",
+        "teacher_cot": "dogs bark",
+        "answer": "bark",
+        "student_caption": "<caption>a cat</caption>",
+        "student_cot": "<think>cats mew</think> <answer>mew</answer>",
+    }
+    record = read_one(tmp_path, parts)
+    assert record.response == "<caption> a dog </caption> <think> dogs bark </think> <answer> bark </answer>"
+    assert record.student_response == "<caption>a cat</caption> <think>cats mew</think> <answer>mew</answer>"
+    record = read_one(tmp_path, parts | {"student_cot": "cats mew", "student_answer": "mew", "teacher_answer": "woof"})
+    assert record.response.endswith("<answer> woof </answer>")
+    assert record.student_response == "<caption>a cat</caption> <think> cats mew </think> <answer> mew </answer>"
+
+
+def test_a_students_answer_is_never_taken_from_the_truth(tmp_path: Path) -> None:
+    assert "no `student_answer`" in reason(tmp_path, {"prompt": "q", "student_caption": "c", "student_cot": "t", "answer": "3"})
+
+
+def test_json_lists_and_ids(tmp_path: Path) -> None:
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps([{"messages": [USER]}, {"messages": [USER], "id": 7}, {"messages": [USER], "id": ""}]))
+    assert [record.id for record in read_records(file, image_root=None).records] == ["d:1", "7", "d:3"]
+
+
+def test_jsonl_ids_are_line_numbers_and_blank_lines_count(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    line = json.dumps({"messages": [USER]})
+    file.write_text(f"{line}\n\n  \n{line}")
+    assert [record.id for record in read_records(file, image_root=None).records] == ["d:1", "d:4"]
+
+
+def test_parquet_with_images_as_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    rows = [
+        {"messages": [USER, ASSISTANT], "images": [{"bytes": b"\x89PNG", "path": "x.png"}], "answer": 3},
+        {"messages": [USER, ASSISTANT], "images": [{"bytes": None, "path": "y.png"}], "answer": 4},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    first, second = read_records(file, image_root=None).records
+    assert first.images == (ImageSource(data=b"\x89PNG"),)
+    assert second.images == (ImageSource(path=tmp_path / "y.png"),)
+    assert (first.id, second.id, second.answer, first.response) == ("d:1", "d:2", "4", "three")
+
+
+def test_parquet_with_plain_byte_images(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "q", "image": b"\x00\xff"}]), file)
+    assert read_records(file, image_root=None).records[0].images == (ImageSource(data=b"\x00\xff"),)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ([1], "a record is an object, this is a list"),
+        ({"text": "hello"}, "neither `messages`, `conversations` nor `prompt`"),
+        ({"messages": "hello"}, "`messages` is text, not a list"),
+        ({"messages": ["hello"]}, "a turn of `messages` is text"),
+        ({"messages": []}, "the turns are none"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"the role \['user'\]"),
+        ({"messages": [{"role": "user", "content": None}]}, "the user turn holds nothing, not text"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the assistant's turn is empty"),
+        ({"messages": [ASSISTANT]}, "the turns are assistant"),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, "the turns are user, assistant, user, assistant"),
+        ({"messages": [USER, {"role": "system", "content": "x"}]}, "the turns are user, system"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the prompt is empty"),
+        ({"prompt": "<image> q"}, "1 <image> placeholders for 0 images"),
+        ({"prompt": "<image> q", "images": ["a", "b"]}, "1 <image> placeholders for 2 images"),
+        ({"prompt": "q", "image": "https://example.com/a.png"}, "is a URL"),
+        ({"prompt": "q", "image": "file:///etc/passwd"}, "is a URL"),
+        ({"prompt": "q", "image": "data:image/png;base64,AAAA"}, "is a URL"),
+        ({"prompt": "q", "image": ""}, "an image is text, not a path or bytes"),
+        ({"prompt": "q", "image": "a\0b"}, "not a path or bytes"),
+        ({"prompt": "q", "images": [3]}, "an image is a number"),
+        ({"prompt": "q", "images": [{"path": None}]}, "an image is nothing"),
+        ({"prompt": "q", "videos": ["a.mp4"]}, "videos are not supported"),
+        ({"prompt": 3}, "`prompt` is a number"),
+        ({"prompt": "q", "answer": True}, "`answer` is true or false"),
+        ({"prompt": "q", "caption": ["c"]}, "`caption` is a list"),
+        ({"prompt": "q", "metadata": "m"}, "`metadata` is text"),
+        ({"prompt": "q", "teacher_caption": "c"}, "only one of `teacher_caption` and `teacher_cot`"),
+        ({"prompt": "q", "teacher_caption": "c", "teacher_cot": "t"}, "no `teacher_answer`"),
+    ],
+)
+def test_records_that_cannot_be_used(tmp_path: Path, item: object, message: str) -> None:
+    import re
+
+    assert re.search(message, reason(tmp_path, item))
+
+
+def test_bad_records_are_listed_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    good = json.dumps({"messages": [USER]})
+    deep = "[" * 100_000
+    file.write_bytes(f'{good}\n{{"messages": \n'.encode() + b'"\xff"\n' + f"{deep}\n{good}\n".encode())
+    found = read_records(file, image_root=None, max_bad_sample_share=0.6)
+    assert [record.id for record in found.records] == ["d:1", "d:5"]
+    assert [(bad.id, bad.where) for bad in found.bad] == [("d:2", f"{file}:2"), ("d:3", f"{file}:3"), ("d:4", f"{file}:4")]
+    assert all("not JSON" in bad.reason for bad in found.bad)
+
+
+def test_too_large_a_share_of_bad_records_is_an_error(tmp_path: Path) -> None:
+    items: list[object] = [{"messages": [USER]}] * 98 + ["x", "y"]
+    file = write_lines(tmp_path / "d.jsonl", *items)
+    assert len(read_records(file, image_root=None, max_bad_sample_share=0.02).bad) == 2
+    with pytest.raises(DataError) as error:
+        read_records(file, image_root=None)  # the configuration's default is one in a hundred
+    text = str(error.value)
+    assert "2 of 100 records cannot be used" in text
+    assert f"d:99 [{file}:99]: a record is an object" in text
+    assert "data.max_bad_sample_share" in text
+
+
+def test_a_long_list_of_bad_records_is_cut_in_the_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)d:5 .*and 3 more") as error:
+        read_records(write_lines(tmp_path / "d.jsonl", *range(8)), image_root=None)
+    assert "d:6" not in str(error.value)
+
+
+def fails(file: Path, content: bytes | None = None) -> str:
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_records(file, image_root=None)
+    assert error.value.where == str(file)
+    return error.value.what
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "does not exist" in fails(tmp_path / "missing.jsonl")
+    assert "does not exist" in fails(tmp_path)
+    assert "cannot end in '.csv'" in fails(tmp_path / "d.csv", b"a,b")
+    assert "holds no records" in fails(tmp_path / "d.jsonl", b"\n")
+    assert "holds no records" in fails(tmp_path / "d.json", b"[]")
+    assert "not JSON" in fails(tmp_path / "d.json", b'[{"messages": ')
+    assert "holds an object, not a list" in fails(tmp_path / "d.json", b"{}")
+    assert "not readable parquet" in fails(tmp_path / "d.parquet", b"PAR1 but not really PAR1")
+
+
+def test_a_truncated_parquet_file(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "q"}] * 100), file)
+    assert "not readable parquet" in fails(file, file.read_bytes()[:-20])
+
+
+def test_require_names_the_record_and_the_field(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "d.jsonl", {"id": "a", "messages": [USER, ASSISTANT]}, {"id": "b", "messages": [USER]})
+    found: RecordSet = read_records(file, image_root=None)
+    with pytest.raises(DataError, match="record b has no response"):
+        found.require("response")
+    with pytest.raises(DataError, match="record a has no answer and no caption"):
+        found.require("response", "answer", "caption")
+    assert found.require() is found
