@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from prism_nemo.config.keys import accepts, did_you_mean, keys, section_names, unwrap_optional
 from prism_nemo.config.layers import (
@@ -228,10 +228,9 @@ def _require_values(stage: str, config: DictConfig) -> None:
 
 
 def _resolution_error(error: OmegaConfBaseException) -> ConfigError:
-    key = str(error.full_key or error.key or "")
-    cause = "its ${...} cannot be resolved" if isinstance(error, InterpolationResolutionError) else "its value cannot be used"
-    remedy = "name an existing key, or write \\${ for a literal ${"
-    return ConfigError(f"{key}: {cause}: {first_line(error)}", where=key, remedy=remedy)
+    key = str(error.full_key)
+    remedy = "name a key that exists and whose value fits, or write \\${ for a literal ${"
+    return ConfigError(f"{key}: its ${{...}} cannot be resolved: {first_line(error)}", where=key, remedy=remedy)
 
 
 def _escaped(value: Any) -> Any:
