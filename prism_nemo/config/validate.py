@@ -125,22 +125,18 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig, parallel: ParallelC
 
 
 def _check_row_budget(config: StageConfig) -> None:
-    """A row holds at least one prompt with its longest segment."""
+    """A row holds at least one prompt with one response, and in front of the discriminator with the teacher's beside it."""
     assert not isinstance(config, EvalConfig | PairsConfig)
-    segments = {}
-    if not isinstance(config, WarmupConfig):
-        segments["data.max_response_length"] = config.data.max_response_length
-    if isinstance(config, WarmupConfig | AlignConfig):
-        segments["discriminator.max_segment_length"] = config.discriminator.max_segment_length
-    for key, length in segments.items():
-        needed = config.data.max_prompt_length + length
-        if needed > config.trainer.max_tokens_per_row:
-            raise ConfigError(
-                f"a row of {config.trainer.max_tokens_per_row} tokens does not hold a prompt of {config.data.max_prompt_length} "
-                f"with {length} more",
-                where=f"trainer.max_tokens_per_row, data.max_prompt_length, {key}",
-                remedy=f"set trainer.max_tokens_per_row to {needed} or more, or lower the others",
-            )
+    responses = 2 if isinstance(config, WarmupConfig | AlignConfig) else 1
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    needed = prompt + responses * response
+    if needed > config.trainer.max_tokens_per_row:
+        shared = "a response" if responses == 1 else "a teacher's and a student's response"
+        raise ConfigError(
+            f"a row of {config.trainer.max_tokens_per_row} tokens does not hold a prompt of {prompt} and {shared} of {response}",
+            where="trainer.max_tokens_per_row, data.max_prompt_length, data.max_response_length",
+            remedy=f"set trainer.max_tokens_per_row to {needed} or more, or lower the others",
+        )
 
 
 def _check_pixels(data: DataConfig) -> None:

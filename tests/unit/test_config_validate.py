@@ -256,10 +256,13 @@ def test_image_bounds_in_the_wrong_order(place: Path) -> None:
 
 def test_a_row_that_does_not_hold_one_sample(place: Path) -> None:
     error = error_of("rlvr", place, "trainer.max_tokens_per_row=10239")
-    assert error.what == "a row of 10239 tokens does not hold a prompt of 2048 with 8192 more"
+    assert error.what == "a row of 10239 tokens does not hold a prompt of 2048 and a response of 8192"
     assert error.remedy == "set trainer.max_tokens_per_row to 10240 or more, or lower the others"
-    error = error_of("warmup", place, "discriminator.max_segment_length=6145")
-    assert error.where == "trainer.max_tokens_per_row, data.max_prompt_length, discriminator.max_segment_length"
+    for stage in ("warmup", "align"):
+        error = error_of(stage, place, "trainer.max_tokens_per_row=14335")
+        assert error.what.endswith("does not hold a prompt of 2048 and a teacher's and a student's response of 6144")
+        assert error.remedy is not None and error.remedy.startswith("set trainer.max_tokens_per_row to 14336")
+        assert error.where == "trainer.max_tokens_per_row, data.max_prompt_length, data.max_response_length"
 
 
 def test_validation_without_records(place: Path) -> None:
