@@ -31,7 +31,7 @@ from prism_nemo.errors import DataError
 MAX_ANSWER_CHARACTERS = 1000
 """Longer answers match nothing; a longer truth is an error."""
 
-_MAX_NESTING = 8  # brackets within brackets; deeper ones are compared as text
+_MAX_PARENTHESES = 8  # around one thing, taken off
 
 _CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00b2": "^2", "\u00b3": "^3", "~": " "})
 _REWRITES = tuple(
@@ -108,17 +108,17 @@ def _match(given: str, truth: str) -> bool:
     return written.letter == wanted.letter and same_text
 
 
-def _match_content(given: str, truth: str, nesting: int = 0) -> bool:
+def _match_content(given: str, truth: str) -> bool:
     given, truth = _without_parentheses(given), _without_parentheses(truth)
     written, wanted = _quantity(given), _quantity(truth)
     if written is not None and wanted is not None:
         return written == wanted
     given_elements, truth_elements = _elements(given), _elements(truth)
-    if given_elements is None or truth_elements is None or nesting == _MAX_NESTING:
+    if given_elements is None or truth_elements is None:
         return _folded(given) == _folded(truth)
     if given_elements[0] != truth_elements[0] or len(given_elements[1]) != len(truth_elements[1]):
         return False
-    return all(_match_content(one, other, nesting + 1) for one, other in zip(given_elements[1], truth_elements[1], strict=True))
+    return all(_match_content(one, other) for one, other in zip(given_elements[1], truth_elements[1], strict=True))
 
 
 def _normalize(text: str) -> str:
@@ -183,7 +183,7 @@ def _elements(text: str) -> tuple[str, list[str]] | None:
 
 
 def _without_parentheses(text: str) -> str:
-    for _ in range(_MAX_NESTING):
+    for _ in range(_MAX_PARENTHESES):
         wrapped = len(text) > 2 and text[0] == "(" and text[-1] == ")" and _closing(text, 0) == len(text) - 1
         if not wrapped or len(_split(text[1:-1])) > 1:
             break

@@ -64,9 +64,11 @@ def test_a_group_of_one_has_mean_0_and_std_1() -> None:
 
 @pytest.mark.parametrize("value", [0.1, -1e4, 16777216.0])
 def test_a_group_without_spread_gives_exact_zeros(value: float) -> None:
-    scores, ids = torch.full((7,), value), torch.zeros(7, dtype=torch.int64)
-    assert torch.equal(group_normalize(scores, ids), torch.zeros(7))
-    assert torch.equal(grpo_advantages(scores, ids, normalize_std=False), torch.zeros(7))
+    for size in (2, 3, 7):  # the mean of three times 0.1 is not 0.1
+        scores, ids = torch.full((size,), value, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+        for precise in (scores, scores.float()):
+            assert torch.equal(group_normalize(precise, ids), torch.zeros_like(precise))
+            assert torch.equal(grpo_advantages(precise, ids, normalize_std=False), torch.zeros_like(precise))
 
 
 def test_a_large_mean_keeps_its_digits() -> None:
@@ -90,6 +92,11 @@ def test_prism_advantages_match_the_reference(seed: int) -> None:
     unscored = torch.where(valid, perception, torch.nan), torch.where(valid, reasoning, torch.inf)
     expected = reference_prism(perception.double().tolist(), reasoning.double().tolist(), valid.tolist(), ids.tolist())
     assert prism_advantages(*unscored, valid, ids).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    shift = 1e6  # float64 scores keep their digits
+    precise = prism_advantages(unscored[0].double() + shift, unscored[1].double(), valid, ids)
+    shifted = reference_prism((perception.double() + shift).tolist(), reasoning.double().tolist(), valid.tolist(), ids.tolist())
+    assert precise.dtype == torch.float64
+    assert precise.tolist() == pytest.approx(shifted, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
