@@ -322,6 +322,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_assets_are_carried_along_without_weights_and_code(saved: dict[str, Path], tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(saved["moe"], source)
+    original = json.loads((source / "config.json").read_text())
+    original["torch_dtype"] = "float32"
+    del original["text_config"]["norm_topk_prob"], original["text_config"]["rope_parameters"]["mrope_interleaved"]
+    (source / "config.json").write_text(json.dumps(original))
     for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json"):
         (source / name).write_text(f"content of {name}")
     for name in ("modeling_evil.py", "pytorch_model.bin", "README.md"):
@@ -339,6 +343,7 @@ def test_assets_are_carried_along_without_weights_and_code(saved: dict[str, Path
     assert (target / "merges.txt").read_text() == "content of merges.txt"
     config = json.loads((target / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    assert "torch_dtype" not in config
     assert config["text_config"]["num_experts"] == 4
     assert config["text_config"]["norm_topk_prob"] is True
     assert config["text_config"]["rope_scaling"]["mrope_interleaved"] is True
