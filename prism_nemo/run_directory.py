@@ -52,10 +52,22 @@ PACKAGES = (
     "vllm",
 )
 LAUNCH_VARIABLES = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+LATEST = "latest"  # in a run's `checkpoints`: the name of the newest complete one
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 # Files
+
+
+def resolve_model_directory(path: Path, name: str) -> Path:
+    """The folder of the model called `name` for a path to it, to a step's folder, to `checkpoints`, or to a run.
+
+    Any other path (a HuggingFace directory, one that does not exist) comes back as it is.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / LATEST).is_file():
+            path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    return path / name if (path / name).is_dir() else path
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.errors import ConfigError, LayoutError
+from prism_nemo.run_directory import resolve_model_directory
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TP = "parallel.tensor_model_parallel_size"
@@ -17,6 +18,10 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP = "parallel.context_parallel_size"
 EP = "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"
+
+
+# Whose folder of a checkpoint a path may mean; a discriminator is upcycled from a policy.
+MODEL_FOLDERS = {"model.path": ("policy",), "discriminator.path": ("discriminator", "policy")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ModelSizes:
 
 
 def read_model_sizes(path: Path, *, key: str) -> ModelSizes:
-    """Reads `config.json` of a HuggingFace directory, or of one of our checkpoints, where it lies below `hf/`.
+    """Reads `config.json` of a HuggingFace directory, or of one of our runs and checkpoints, where it lies below `hf/`.
 
     `key` is the configuration key that gave the path. Raises ConfigError when there is no such model.
     """
@@ -47,6 +52,7 @@ def read_model_sizes(path: Path, *, key: str) -> ModelSizes:
             where=f"{key}: {path}",
             remedy="give the directory of a HuggingFace model or of a checkpoint",
         )
+    path = next((folder for name in MODEL_FOLDERS[key] if (folder := resolve_model_directory(path, name)).name == name), path)
     file = (path / "hf" if (path / "hf").is_dir() else path) / "config.json"
     if not file.is_file():
         raise ConfigError(

@@ -74,7 +74,6 @@ RANGES: dict[type, dict[str, Range]] = {
         "head_dropout": BELOW_ONE,
         "moe_aux_loss_coeff": NOT_NEGATIVE,
         "score_regularization": NOT_NEGATIVE,
-        "max_segment_length": COUNT,
     },
     OptimizerConfig: {
         "lr": POSITIVE,

@@ -117,7 +117,6 @@ class DiscriminatorConfig:
     head_dropout: float = 0.0  # only while training on warm-up pairs; never while scoring
     moe_aux_loss_coeff: float = 0.01  # router load balancing
     score_regularization: float = 0.0  # coefficient of mean(score^2); the alignment game uses 1e-3
-    max_segment_length: int = 8192  # tokens, teacher and student alike
 
 
 @dataclass
@@ -218,6 +217,7 @@ class RLVRAlgorithmConfig:
 class RewardConfig:
     """reward = accuracy_weight * correct + format_weight * valid format; 0 when the format is invalid."""
 
+    name: str = "exact"  # one of prism_nemo.rewards.registry
     accuracy_weight: float = 0.8  # of a correct answer
     format_weight: float = 0.2  # of a valid response
 
@@ -305,6 +305,7 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    also_greedy: bool = True  # evaluate a second time, always taking the likeliest token
     limit_samples: int | None = None  # prompts; null: the whole validation file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
@@ -335,4 +336,5 @@ class PipelineConfig:
     stages: list[PipelineStage] = field(default_factory=list)  # in the order in which they run
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+    export: str | None = None  # the stage whose policy is exported to hf/ of the run directory, for transformers and vLLM
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)

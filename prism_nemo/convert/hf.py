@@ -93,6 +93,11 @@ class HFReader:
         file, stored = self._entries[name]
         return tuple(file.get_slice(stored).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors names it: F32, BF16, …"""
+        file, stored = self._entries[name]
+        return str(file.get_slice(stored).get_dtype())
+
     def get(self, name: str) -> Tensor:
         """The whole tensor."""
         file, stored = self._entries[name]

@@ -18,6 +18,7 @@ from torch import Tensor
 from prism_nemo.convert.hf import HFReader, export_tensors, import_tensors
 from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import canonical_name, mappings
+from prism_nemo.engine.checkpoint import is_model_checkpoint, load_model
 from prism_nemo.errors import CheckpointError
 
 _EXPERT = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight\d+$")
@@ -26,6 +27,14 @@ _EXPERT = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight\d+$")
 def canonical_parameters(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, torch.nn.Parameter]:
     """The parameters of an (unwrapped) model by canonical Megatron name."""
     return {canonical_name(name, config): parameter for name, parameter in model.named_parameters()}
+
+
+def load_weights(module: torch.nn.Module, path: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
+    """Fills a model from a checkpoint of this project or from a HuggingFace directory. A collective."""
+    if is_model_checkpoint(path):
+        load_model(path, module, None)
+    else:
+        load_hf_weights(module, path, config, score_head=score_head)
 
 
 def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
@@ -37,9 +46,7 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str
     missing = set(parameters)
     with HFReader(directory) as reader, torch.no_grad():
         for name, full, sharding in import_tensors(reader, config, score_head=score_head, wanted=parameters.__contains__):
-            parameter = parameters[name]
-            group = _group(name)
-            parameter.copy_(sharding.shard(full, group.rank(), group.size()))
+            parameters[name].copy_(shard_of(name, full, sharding))
             missing.discard(name)
     if missing:
         raise CheckpointError(f"nothing to fill {len(missing)} parameters with, {sorted(missing)[0]} among them", where=str(directory))
@@ -62,6 +69,12 @@ def export_hf_tensors(model: torch.nn.Module, config: Mapping[str, Any], *, scor
         return shardings[name].unshard(shards)
 
     return export_tensors(config, get_full, score_head=score_head)
+
+
+def shard_of(name: str, full: Tensor, sharding: Sharding) -> Tensor:
+    """This rank's part of a full tensor."""
+    group = _group(name)
+    return sharding.shard(full, group.rank(), group.size())
 
 
 def _group(name: str) -> dist.ProcessGroup:

@@ -70,6 +70,11 @@ class Group:
         return len(self.prompt) + sum(len(segment) for segment in self.segments)
 
 
+def without_images(prompt: EncodedPrompt) -> EncodedPrompt:
+    """The prompt with its image tokens taken out and text positions throughout."""
+    return text_prompt(prompt.input_ids[~prompt.image_mask], prompt.pixel_values.shape[1])
+
+
 def text_prompt(input_ids: Tensor, patch_size: int) -> EncodedPrompt:
     """An `EncodedPrompt` without images. `patch_size` is the width of one (absent) patch vector."""
     length = input_ids.numel()

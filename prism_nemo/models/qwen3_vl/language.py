@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -11,6 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -97,7 +99,7 @@ class Qwen3VLLanguageModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,
                 tp_group=pg_collection.tp,
             )
-        if pre_process or post_process:
+        if output_head and (pre_process or post_process):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -138,6 +140,12 @@ class Qwen3VLLanguageModel(LanguageModule):
         )
         rotary = (cos.to(self.config.params_dtype), sin.to(self.config.params_dtype))
         return self.decoder(hidden, rotary, context, image_index, deepstack)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """Without an output weight there is nothing to tie: Megatron's general form does."""
+        if self.output_head:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     def _local_features(self, image_index: Tensor, deepstack: Sequence[Tensor], length: int) -> tuple[Tensor, list[Tensor]]:
         """The visual tokens that lie in this rank's slice of the row; gradients of the features are summed over the slices."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -99,10 +97,3 @@ class Qwen3VLModel(MegatronModule):
         grid = torch.tensor([[1, merge, merge]], device=row.input_ids.device)
         tokens, features = self.vision_model(patches, grid)
         return torch.stack([tokens.sum(), *(feature.sum() for feature in features)]).sum() * 0.0
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Checkpoint entries of both parts, under `vision_model.` and `language_model.`."""
-        state: dict[str, Any] = {}
-        for name, module in self.named_children():
-            state.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
-        return state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -75,6 +77,13 @@ class VisionBlock(TransformerBlock):
             if index in self.deepstack_layers:
                 features.append(self.deepstack_merger_list[self.deepstack_layers.index(index)](hidden.squeeze(1)))
         return hidden, features
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """Megatron's block takes children other than its layers for replicated ones; the mergers are cut over ranks."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for index, merger in enumerate(self.deepstack_merger_list):
+            state.update(merger.sharded_state_dict(f"{prefix}deepstack_merger_list.{index}.", sharded_offsets, metadata))
+        return state
 
 
 class Qwen3VLVisionModel(MegatronModule):

@@ -1,0 +1,200 @@
+"""Checkpoints: Megatron `torch_dist` per model, resumable at another layout, complete or not there at all.
+
+    <run>/checkpoints/latest                    the name of the newest complete one
+    <run>/checkpoints/step_00000060/
+        trainer.json                            step, data position, …
+        rng_<rank>.pt                           generators of every rank
+        policy/  discriminator/                 one torch_dist checkpoint each: weights and optimizer
+            hf/                                 config.json, tokenizer, processor
+            manifest.json                       every file and its size: tells a truncated copy from a whole one
+
+A model's folder is a checkpoint by itself: stages start from it, `convert export` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from prism_nemo.engine.optimizer import ModelOptimizer
+from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
+from prism_nemo.errors import CheckpointError
+from prism_nemo.run_directory import LATEST, write_atomically
+
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+
+
+class Checkpointed(Protocol):
+    """What a checkpoint holds of a model."""
+
+    name: str
+    module: Any
+    optimizer: ModelOptimizer | None
+
+    def save_assets(self, directory: Path) -> None:
+        """Writes config.json, tokenizer and processor."""
+
+
+def is_model_checkpoint(directory: Path) -> bool:
+    """Whether the directory is (or, when truncated, was) one of a model's folders."""
+    return (directory / MANIFEST).is_file() or (directory / ".metadata").is_file()
+
+
+def save_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -> None:
+    """Writes one model's torch_dist checkpoint into a new directory. A collective; the manifest is `seal`'s."""
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = _metadata()
+    state = {"model": module.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], metadata=metadata)
+    _use_local_results_queue()
+    dist_checkpointing.save(state, str(directory), content_metadata={"optimizer": optimizer is not None})
+
+
+def _use_local_results_queue() -> None:
+    """Megatron keeps a manager process for results of background saves; saves here are waited for, so a plain queue does.
+
+    It saves the seconds of the process's start, which would also import the program's main module a second time.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def load_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -> None:
+    """Loads weights, and with `optimizer` its state too, saved at any layout. A collective.
+
+    Raises CheckpointError when files are missing or have another size than when they were written.
+    """
+    check_manifest(directory)
+    metadata = _metadata()
+    state = {"model": module.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except (CheckpointingException, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: {error}",
+            where=str(directory),
+            remedy="use a checkpoint of this model, or an earlier one",
+        ) from error
+    module.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.optimizer.load_state_dict(loaded["optimizer"])
+        _own_steps(optimizer)
+
+
+def _own_steps(optimizer: ModelOptimizer) -> None:
+    """Gives every parameter a step counter of its own: a shared one would advance once per parameter."""
+    for part in optimizer.optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def seal(directory: Path) -> None:
+    """Writes the manifest of a model's folder; the last thing that goes in."""
+    files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file()}
+    (directory / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+def check_manifest(directory: Path) -> None:
+    """Raises CheckpointError when a file that was written is missing or has another size."""
+    manifest = directory / MANIFEST
+    remedy = "use an earlier checkpoint, or copy this one again"
+    if not manifest.is_file():
+        raise CheckpointError("the checkpoint is incomplete: it has no manifest", where=str(directory), remedy=remedy)
+    try:
+        files = json.loads(manifest.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError("the checkpoint's manifest is not JSON", where=str(manifest), remedy=remedy) from error
+    for name, size in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise CheckpointError(f"the checkpoint is truncated: {name} is {found}, it had {size} bytes", where=str(directory), remedy=remedy)
+
+
+class CheckpointStore:
+    """The `checkpoints` folder of a run."""
+
+    def __init__(self, run_directory: Path, runtime: Runtime, *, keep_last_k: int) -> None:
+        self.folder = run_directory / "checkpoints"
+        self.runtime = runtime
+        self.keep_last_k = keep_last_k
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        marker = self.folder / LATEST
+        return self.folder / marker.read_text().strip() if marker.is_file() else None
+
+    def save(self, step: int, models: Mapping[str, Checkpointed], trainer: Mapping[str, Any]) -> Path:
+        """Writes step's checkpoint under a temporary name, renames it, moves `latest`, removes the oldest. A collective."""
+        final = self.folder / f"step_{step:08d}"
+        staging = self.folder / f".{final.name}.partial"
+        if self.runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.runtime.barrier()
+        for name, model in models.items():
+            save_model(staging / name, model.module, model.optimizer)
+        torch.save(rng_state(), staging / f"rng_{self.runtime.rank}.pt")
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            for name, model in models.items():
+                model.save_assets(staging / name / "hf")
+                seal(staging / name)
+            (staging / TRAINER).write_text(json.dumps({**trainer, "step": step, "world_size": self.runtime.world_size}))
+            if final.exists():
+                shutil.rmtree(final)
+            staging.rename(final)
+            write_atomically(self.folder / LATEST, final.name)
+            self._drop_oldest()
+        self.runtime.barrier()
+        return final
+
+    def load(self, models: Mapping[str, Checkpointed]) -> dict[str, Any] | None:
+        """Loads the newest checkpoint into the models and returns its trainer state; None when there is none. A collective.
+
+        Generators are restored when the number of ranks is the same; with another they are seeded from the step.
+        """
+        directory = self.latest()
+        if directory is None:
+            return None
+        if not (directory / TRAINER).is_file():
+            raise CheckpointError(
+                f"{LATEST} names a checkpoint that is not there",
+                where=str(directory),
+                remedy=f"write the name of a complete step folder into {self.folder / LATEST}",
+            )
+        for name, model in models.items():
+            load_model(directory / name, model.module, model.optimizer)
+        trainer: dict[str, Any] = json.loads((directory / TRAINER).read_text())
+        if trainer["world_size"] == self.runtime.world_size:
+            set_rng_state(torch.load(directory / f"rng_{self.runtime.rank}.pt", weights_only=True))
+        else:
+            seed_everything(trainer["step"])
+        return trainer
+
+    def _drop_oldest(self) -> None:
+        steps = sorted(self.folder.glob("step_*"))
+        for old in steps[: max(0, len(steps) - self.keep_last_k)]:
+            shutil.rmtree(old)

@@ -1,0 +1,98 @@
+"""Megatron's DDP and AdamW around a model, one guarded step at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.module import MegatronModule
+
+from prism_nemo.config.schema import DecayStyle, OptimizerConfig, ParallelConfig
+
+
+def wrap_data_parallel(module: MegatronModule, parallel: ParallelConfig) -> DistributedDataParallel:
+    """The module with gradient buffers in fp32, summed (never averaged) over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    return DistributedDataParallel(module.config, config, module)
+
+
+def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0): linear warm-up from 0, then constant, linear or cosine decay to `min_lr`."""
+    warmup = config.lr_warmup_iters or round(config.lr_warmup_fraction * max_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.lr_decay_style == DecayStyle.constant:
+        return config.lr
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    remaining = 1.0 - progress if config.lr_decay_style == DecayStyle.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`applied` is false when the gradient was not finite; nothing was changed then."""
+
+    applied: bool
+    grad_norm: float
+    learning_rate: float
+
+
+class ModelOptimizer:
+    """AdamW with fp32 master weights and moments over one wrapped model."""
+
+    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, max_steps: int) -> None:
+        self.config = config
+        self.max_steps = max_steps
+        self.model = model
+        bf16 = model.config.params_dtype == torch.bfloat16
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+            ),
+            [model],
+        )
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def finalize_gradients(self) -> None:
+        """Sums gradients over data-parallel ranks, and over tensor-parallel ones where a parameter is replicated."""
+        finalize_model_grads([self.model])
+
+    def step(self, step: int) -> StepResult:
+        """Clips by the global norm and updates; with a non-finite norm it leaves everything as it is."""
+        rate = learning_rate(step, self.config, self.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return StepResult(False, norm, rate)
+        if self.config.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                parameters = part.get_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        self.optimizer.step_with_ready_grads()
+        return StepResult(True, norm, rate)

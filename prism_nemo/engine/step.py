@@ -1,0 +1,107 @@
+"""Forward and backward over packed rows through Megatron's pipeline schedules, and the one place that scales losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from prism_nemo.algorithms.metrics import MetricSums, finalize, merge
+from prism_nemo.engine.runtime import Runtime
+from prism_nemo.packing.rows import PackedRow, make_row
+
+Forward = Callable[[torch.nn.Module, PackedRow], Any]
+LossFunction = Callable[[PackedRow, Any], tuple[Tensor, MetricSums]]
+
+
+def scale_loss(loss: Tensor) -> Tensor:
+    """The loss of one micro-batch as Megatron must see it: unchanged.
+
+    Loss functions divide their sums by the **global** counts, so the batch's loss is the plain sum over micro-batches and
+    data-parallel ranks. Megatron would divide by the number of micro-batches and average over ranks; `calculate_per_token_loss`
+    in the models' configurations and the three-part return below turn both off, and no token count is handed to
+    `finalize_model_grads`. Whatever scaling is ever needed belongs here.
+    """
+    return loss
+
+
+def run_rows(
+    model: DistributedDataParallel,
+    rows: Sequence[PackedRow],
+    forward: Forward,
+    loss_function: LossFunction | None,
+    runtime: Runtime,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Runs every row as one micro-batch and, unless `forward_only`, accumulates gradients.
+
+    Returns, on the last pipeline stage, one item per row: (loss, metrics) of `loss_function(row, output)`, or without a loss function
+    the output of `forward(module, row)` itself. Ranks with fewer rows than others run empty ones, whose results are dropped, so that
+    no rank misses a collective.
+    """
+    count = runtime.max_over_data_parallel(len(rows))
+    if count == 0:
+        return []
+    width = model.module.shape.vision.patch_width
+    padding = [make_row([], pad_multiple=runtime.row_multiple, patch_size=width) for _ in range(count - len(rows))]
+    results = _schedule(
+        model, iter([*rows, *padding]), forward, loss_function, runtime.device, num_microbatches=count, forward_only=forward_only
+    )
+    return results[: len(rows)]
+
+
+def _schedule(
+    model: DistributedDataParallel,
+    rows: Iterator[PackedRow],
+    forward: Forward,
+    loss_function: LossFunction | None,
+    device: torch.device,
+    *,
+    num_microbatches: int,
+    forward_only: bool,
+) -> list[Any]:
+    def forward_step(iterator: Iterator[PackedRow], module: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        row = next(iterator).to(device)
+        return forward(module, row), partial(finish, row)
+
+    def finish(row: PackedRow, output: Any, non_loss_data: bool = False) -> Any:
+        if non_loss_data or loss_function is None:
+            return output
+        loss, metrics = loss_function(row, output)
+        return scale_loss(loss), torch.zeros((), dtype=torch.int), (loss.detach(), metrics)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=rows,
+        model=[model],
+        num_microbatches=num_microbatches,
+        seq_length=1,  # rows have variable lengths: Megatron exchanges shapes
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=loss_function is None,
+    )
+
+
+def reduce_loss_and_metrics(results: Sequence[tuple[Tensor, MetricSums]], runtime: Runtime) -> tuple[float, dict[str, float]]:
+    """Loss and metrics of the whole batch, the same on every rank: sums over rows and data-parallel ranks, then one division."""
+    loss = 0.0
+    sums: MetricSums = {}
+    for row_loss, metrics in results:
+        loss += float(row_loss)
+        sums = merge(sums, {name: (float(total), float(count)) for name, (total, count) in metrics.items()})
+    loss, sums = runtime.broadcast_from_last_stage((loss, sums))
+    return sum(runtime.gather_objects(loss)), reduce_metrics(sums, runtime)
+
+
+def reduce_metrics(sums: MetricSums, runtime: Runtime) -> dict[str, float]:
+    """Metrics over all data-parallel ranks, the same on every rank. A collective."""
+    merged: MetricSums = {}
+    for rank_sums in runtime.gather_objects({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
+        merged = merge(merged, rank_sums)
+    return finalize(merged)

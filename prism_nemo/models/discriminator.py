@@ -1,0 +1,122 @@
+"""The discriminator: Qwen3-VL with experts and a scalar head, scoring every segment of a row at its last token.
+
+A segment's tokens come from one function (`packing.segments`), whoever wrote it, and end with the same closing token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Routing
+from prism_nemo.convert.hf import hf_assets_directory, load_model_config
+from prism_nemo.engine.attention import RowAttention
+from prism_nemo.engine.checkpoint import is_model_checkpoint
+from prism_nemo.engine.runtime import Runtime
+from prism_nemo.errors import ConfigError
+from prism_nemo.models.base import TrainableModel, freeze
+from prism_nemo.models.context import KIND_NAMES, RouterStatistics, RoutingContext, RowContext, token_kinds
+from prism_nemo.models.policy import PolicyModel, PolicyModule
+from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
+from prism_nemo.models.qwen3_vl.language import gather_rows
+from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
+from prism_nemo.models.upcycle import upcycle, upcycled_config
+from prism_nemo.models.weights import canonical_parameters, load_weights
+from prism_nemo.packing.rows import PackedRow
+from prism_nemo.run_directory import resolve_model_directory
+
+
+class DiscriminatorModule(Qwen3VLModel):
+    """`forward` gives the scores of a row's segments, fp32 [S], on the last pipeline stage."""
+
+    def __init__(self, shape: Qwen3VLShape, parallel: ParallelConfig, config: DiscriminatorConfig) -> None:
+        super().__init__(shape, parallel, config.precision, output_head=False)
+        self.options = config
+        self.head_dropout = 0.0  # the warm-up stage sets it; scoring never drops anything
+        if self.post_process:
+            self.score_head = torch.nn.Linear(shape.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
+
+    def forward(self, row: PackedRow, global_tokens: float, statistics: RouterStatistics | None) -> Tensor:
+        """`global_tokens`: tokens of the whole batch, by which the router's balancing loss is divided."""
+        routing = None
+        if self.shape.moe is not None:
+            routing = RoutingContext(
+                row.layout.token_group.to(row.input_ids.device),
+                token_kinds(row),
+                num_groups=len(row.layout.groups),
+                balance_coefficient=self.options.moe_aux_loss_coeff,
+                global_tokens=global_tokens,
+                dedicated=self.options.routing is Routing.dedicated,
+                statistics=statistics,
+            )
+        hidden = self.hidden_states(row, RowContext(RowAttention(row.layout, row.input_ids.device), routing))
+        if not self.post_process:
+            return hidden
+        ends = gather_rows(hidden, row.segment_end, self.config, self.pg_collection.tp).float()
+        ends = F.dropout(ends, self.head_dropout, training=self.training)
+        scores = F.linear(ends, self.score_head.weight.float()).squeeze(1)
+        return scores if row.num_segments else scores + hidden.float().sum() * 0.0
+
+
+class DiscriminatorModel(TrainableModel):
+    """NeMo-Aligner's `CriticModelInterface`, on packed rows."""
+
+    name = "discriminator"
+
+    def __init__(self, config: DiscriminatorConfig, parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> None:
+        if config.path is None:
+            raise ConfigError("no discriminator is given", where="discriminator.path", remedy="a dense model to upcycle, or a checkpoint")
+        path = resolve_model_directory(Path(config.path), self.name)
+        is_discriminator = path.name == self.name and is_model_checkpoint(path)
+        if not is_discriminator:
+            path = resolve_model_directory(Path(config.path), PolicyModel.name)
+        source = load_model_config(path)
+        hf_config = source if is_discriminator else upcycled_config(source, config)
+        module = DiscriminatorModule(Qwen3VLShape.from_hf(hf_config), parallel, config)
+        if is_discriminator:
+            load_weights(module, path, hf_config, score_head=True)
+        else:
+            dense = PolicyModule(Qwen3VLShape.from_hf(source), parallel, config.precision)
+            load_weights(dense, path, source)
+            upcycle(module, hf_config, canonical_parameters(dense, source), config, seed=seed)
+        if config.freeze_vision_model and module.pre_process:
+            freeze(module.vision_model)
+        super().__init__(module, hf_config, hf_assets_directory(path), parallel, runtime)
+        self.options = config
+        self.global_tokens = 1.0
+        self.statistics = RouterStatistics()
+
+    def forward_row(self, module: torch.nn.Module, row: PackedRow) -> Tensor:
+        return module(row, self.global_tokens, self.statistics)
+
+    def start_batch(self, rows: Sequence[PackedRow]) -> None:
+        """Counts the global batch's tokens for the balancing loss and starts the routers' statistics anew. A collective."""
+        tokens = torch.tensor([float(sum(row.num_tokens for row in rows))], dtype=torch.float64)
+        self.global_tokens = max(1.0, float(self.runtime.sum_over_data_parallel(tokens)))
+        self.statistics = RouterStatistics()
+
+    def router_metrics(self) -> dict[str, float]:
+        """Of the batch so far, over all ranks: the balancing loss and every expert's share of the choices, per kind of token."""
+        if self.module.shape.moe is None:
+            return {}
+        metrics: dict[str, float] = {}
+        gathered = self.runtime.gather_objects(self.statistics)
+        tokens = sum(item.tokens for item in gathered)
+        if tokens:
+            metrics["router/balance_loss"] = sum(item.balance for item in gathered) / tokens
+        for kind, name in KIND_NAMES.items():
+            loads = [item.load[kind] for item in gathered if kind in item.load]
+            if loads:
+                load = torch.stack(loads).sum(dim=0)
+                for expert, share in enumerate((load / load.sum()).tolist()):
+                    metrics[f"expert_load/{name}/{expert}"] = share
+        return metrics
+
+    def infer_rm_critic(self, rows: Sequence[PackedRow]) -> list[Tensor]:
+        """Scores fp32 [S] of every row, without gradients: NeMo-Aligner's name for asking a reward model."""
+        return self.infer(rows)
+

@@ -1,0 +1,104 @@
+"""Rollout engines: prompts -> responses with the sampler's log-probabilities. What every engine takes, gives and promises."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from prism_nemo.config.schema import RolloutConfig, RolloutEngineKind
+from prism_nemo.errors import ConfigError, PrismError
+from prism_nemo.packing.groups import EncodedPrompt
+
+if TYPE_CHECKING:
+    from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
+
+
+class RolloutError(PrismError):
+    """A policy that cannot be sampled from."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is drawn: banned tokens out, divided by the temperature, top-k, then top-p of what is left."""
+
+    temperature: float  # 0: the likeliest token
+    top_p: float  # smallest set of likeliest tokens with this probability; 1: all
+    top_k: int  # tokens at least as likely as the k-th likeliest; 0: all
+    max_new_tokens: int
+    end_token_id: int  # ends a response and is its last token
+    banned_token_ids: tuple[int, ...]  # never sampled: image placeholders, which nothing downstream could place
+
+    def __post_init__(self) -> None:
+        assert self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_new_tokens > 0, self
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One response to the prompt at `prompt_index` of the call, on the CPU.
+
+    tokens     int64   [n]  the end token included when it was sampled
+    log_probs  float32 [n]  of every token under the distribution that it was drawn from
+
+    That distribution is the one after temperature and ban, and renormalised over what top-k and top-p left: with either in use it
+    is not the distribution whose log-probabilities the trainer computes, and the difference shows in rollout correction. With
+    temperature 0 it is the one at temperature 1 after the ban.
+    """
+
+    prompt_index: int
+    tokens: Tensor
+    log_probs: Tensor
+    finish_reason: Literal["stop", "length"]
+    weights_version: int  # of the last `update_weights`
+
+
+class RolloutEngine(Protocol):
+    """Every rank of a model calls every method, with the same arguments."""
+
+    def generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        num_rollouts_per_prompt: int,
+        seeds: Sequence[int],
+    ) -> list[Rollout]:
+        """`num_rollouts_per_prompt` responses to every prompt, those of a prompt together, prompts in order; as many seeds.
+
+        A rollout depends on its prompt, its seed and the weights, not on what else is in the call (but for floating-point
+        rounding, by which a batch's shape may move a log-probability).
+        """
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """From now on sample from these weights ((HuggingFace name, full tensor) of all of them), called `version`."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back the memory that only generation needs. No `generate` until `wake_up`."""
+        ...
+
+    def wake_up(self) -> None: ...
+
+
+def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
+    """The seed, 63 bits, of rollout `index` of a prompt at a training step; the same on every machine and at every rank count."""
+    digest = hashlib.blake2b(f"{run_seed} {step} {index} {prompt_key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def build_engine(config: RolloutConfig, model: Qwen3VLModel, *, device: torch.device) -> RolloutEngine:
+    """The engine that the configuration names, for an unwrapped policy. Raises ConfigError when there is none."""
+    if config.engine is RolloutEngineKind.megatron:
+        from prism_nemo.rollout.megatron import MegatronEngine
+
+        return MegatronEngine(model, device=device, max_batch_size=config.max_batch_size)
+    raise ConfigError(
+        f"the rollout engine {config.engine.value!r} is not available",
+        where="rollout.engine",
+        remedy="use rollout.engine=megatron",
+    )

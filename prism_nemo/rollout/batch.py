@@ -1,0 +1,125 @@
+"""Rollouts of a batch of prompts: sampled, read as text, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_nemo.algorithms.metrics import MetricSums, mean_of
+from prism_nemo.config.schema import RolloutConfig
+from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.records import Record
+from prism_nemo.packing.groups import EncodedPrompt
+from prism_nemo.rewards.answer import answers_match
+from prism_nemo.rewards.format import ParsedResponse, parse_response
+from prism_nemo.rollout.base import Rollout, RolloutEngine, SamplingParams, rollout_seed
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """B rollouts, those of a prompt together, prompts in order."""
+
+    records: Sequence[Record]
+    prompts: Sequence[EncodedPrompt]
+    rollouts: Sequence[Rollout]
+    texts: Sequence[str]
+
+    @cached_property
+    def group_ids(self) -> Tensor:
+        """The prompt of every rollout, int64 [B]."""
+        return torch.tensor([rollout.prompt_index for rollout in self.rollouts], dtype=torch.int64)
+
+    @cached_property
+    def parsed(self) -> list[ParsedResponse | None]:
+        """None where the format is invalid."""
+        return [parse_response(text) for text in self.texts]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens, int64 [B]."""
+        return torch.tensor([rollout.tokens.numel() for rollout in self.rollouts], dtype=torch.int64)
+
+    def record_of(self, index: int) -> Record:
+        return self.records[self.rollouts[index].prompt_index]
+
+    @cached_property
+    def correct(self) -> list[bool | None]:
+        """Whether the answer matches the verified one; None where there is none to match."""
+        return [self._matches(index) for index in range(len(self.texts))]
+
+    def _matches(self, index: int) -> bool | None:
+        truth, parsed = self.record_of(index).answer, self.parsed[index]
+        if truth is None:
+            return None
+        return parsed is not None and answers_match(parsed.answer, truth)
+
+    @cached_property
+    def caption_correct(self) -> list[bool | None]:
+        """Whether the caption is the true one, up to white space; None where it is not known."""
+        result: list[bool | None] = []
+        for index, parsed in enumerate(self.parsed):
+            truth = self.record_of(index).caption
+            result.append(None if truth is None else parsed is not None and parsed.caption.split() == truth.split())
+        return result
+
+    def metrics(self) -> MetricSums:
+        """Accuracy, caption accuracy and format rate, lengths, and how responses ended."""
+        known = [value for value in self.correct if value is not None]
+        captions = [value for value in self.caption_correct if value is not None]
+        valid = [parsed is not None for parsed in self.parsed]
+        return {
+            "accuracy": (float(sum(known)), float(len(known))),
+            "caption_accuracy": (float(sum(captions)), float(len(captions))),
+            "format_rate": (float(sum(valid)), float(len(valid))),
+            "response_length": mean_of(self.lengths),
+            "truncated": mean_of(torch.tensor([rollout.finish_reason == "length" for rollout in self.rollouts])),
+        }
+
+    def samples(self, count: int, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+        """The first rollouts as rows for samples.jsonl, with one value of each column beside the text."""
+        return [
+            {
+                "id": self.record_of(index).id,
+                "response": self.texts[index],
+                "answer": self.record_of(index).answer,
+                "correct": self.correct[index],
+                "caption_correct": self.caption_correct[index],
+                "valid": self.parsed[index] is not None,
+                "tokens": int(self.lengths[index]),
+                **{name: values[index] for name, values in columns.items()},
+            }
+            for index in range(min(count, len(self.texts)))
+        ]
+
+
+def sampling_params(config: RolloutConfig, encoder: ChatEncoder) -> SamplingParams:
+    """What the engine needs to know, from the configuration and the tokenizer."""
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=encoder.data.max_response_length,
+        end_token_id=encoder.end_token_id,
+        banned_token_ids=encoder.banned_token_ids,
+    )
+
+
+def sample_rollouts(
+    engine: RolloutEngine,
+    encoder: ChatEncoder,
+    batch: Sequence[tuple[Record, EncodedPrompt]],
+    config: RolloutConfig,
+    *,
+    seed: int,
+    step: int,
+) -> RolloutBatch:
+    """`num_rollouts_per_prompt` responses to each prompt. A rollout's seed depends on the run's, the step, the record and its number."""
+    count = config.num_rollouts_per_prompt
+    records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
+    seeds = [rollout_seed(seed, step, record.id, index) for record in records for index in range(count)]
+    rollouts = engine.generate(prompts, sampling_params(config, encoder), num_rollouts_per_prompt=count, seeds=seeds)
+    return RolloutBatch(records, prompts, rollouts, [encoder.decode(rollout.tokens) for rollout in rollouts])

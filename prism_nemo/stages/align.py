@@ -1,0 +1,224 @@
+"""Alignment: the policy learns to write like the teacher because a discriminator scores its perception and its reasoning.
+
+    prism-nemo align model.path=runs/sft discriminator.path=runs/warmup data.train=teacher.jsonl experiment.dir=runs/align
+
+One step, as the algorithm describes it: sample rollouts; score every segment of every rollout and of the teacher's response;
+update the discriminator to tell them apart and the policy to be taken for the teacher. Two identities make a step cheap, both exact: the
+scores of the game are those of the discriminator's own forward pass, so one pass scores and accumulates its gradient; and with one
+optimizer step per batch the old log-probabilities are the new ones, so there is no pass for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from prism_nemo.algorithms.advantages import prism_advantages
+from prism_nemo.algorithms.metrics import mean_of
+from prism_nemo.config.schema import AlignConfig
+from prism_nemo.config.validate import validate
+from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.records import Record
+from prism_nemo.data.segments import response_segments
+from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.engine.step import reduce_metrics
+from prism_nemo.errors import DataError, PrismError
+from prism_nemo.evaluation.accuracy import evaluate
+from prism_nemo.models.discriminator import DiscriminatorModel
+from prism_nemo.models.policy import OutputDistribution, PolicyModel
+from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
+from prism_nemo.rollout.base import build_engine
+from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
+from prism_nemo.stages.loop import StageLoop
+from prism_nemo.stages.probe import ContentProbe
+from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.stages.policy_batch import policy_batch
+from prism_nemo.data.open import open_stream
+
+
+@dataclass(frozen=True, eq=False)
+class AlignPrompt:
+    """A prompt with the teacher's segments."""
+
+    prompt: EncodedPrompt
+    teacher: tuple[Segment, ...]
+
+
+class AlignTrainer:
+    """One step of policy and discriminator per global batch of prompts."""
+
+    def __init__(self, config: AlignConfig, runtime: Runtime, loop: StageLoop) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.loop = loop
+        self.policy = PolicyModel(config.model, config.parallel, runtime)
+        self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
+        self.discriminator = DiscriminatorModel(config.discriminator, config.parallel, runtime, seed=config.runtime.seed)
+        self.discriminator.build_optimizer(config.discriminator_optimizer, config.trainer.max_steps)
+        self.models = {"policy": self.policy, "discriminator": self.discriminator}
+        self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
+        self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
+        self.engine = build_engine(config.rollout, self.policy.module, device=runtime.device)
+        self.stream = open_stream(config, self.encode, required=("response",))
+        self.probe = ContentProbe(self.discriminator, self.encoder, config, runtime)
+
+    def encode(self, record: Record) -> AlignPrompt:
+        assert record.response is not None
+        view = self.config.discriminator.view
+        return AlignPrompt(
+            self.encoder.encode_prompt(record), response_segments(record.response, self.encoder, view, sample=TEACHER)
+        )
+
+    def fit(self) -> None:
+        self.policy.prepare_for_training()
+        self.discriminator.prepare_for_training()
+        self.check_content_probe()
+        for step in self.loop.steps(self):
+            batch = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            prompts = [(record, encoded.prompt) for record, encoded in batch]
+
+            with self.loop.timed("rollout"):
+                rollouts = sample_rollouts(
+                    self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
+                )
+            with self.loop.timed("discriminator"):
+                game, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
+            with self.loop.timed("policy"):
+                metrics = self.update(step, rollouts, game)
+
+            self.loop.end_step(
+                {**metrics, **game_metrics},
+                rollouts.samples(self.config.trainer.log_samples, self.sample_columns(game)),
+            )
+        self.policy.finish_training()
+        self.discriminator.finish_training()
+
+    def play(self, rollouts: RolloutBatch, teachers: list[tuple[Segment, ...]]) -> tuple[ComparisonBatch, dict[str, float]]:
+        """One pass of the discriminator: the scores of every segment and, unless it is frozen, its gradient."""
+        students = [self.student_segments(rollouts.texts[index], index) for index in range(len(rollouts.texts))]
+        comparisons = []
+        for number, (prompt, teacher) in enumerate(zip(rollouts.prompts, teachers, strict=True)):
+            own = tuple(
+                segments
+                for rollout, segments in zip(rollouts.rollouts, students, strict=True)
+                if rollout.prompt_index == number and segments is not None
+            )
+            comparisons.append(Comparison(prompt if self.config.discriminator.use_images else without_images(prompt), teacher, own))
+        game = ComparisonBatch(
+            comparisons,
+            len(students),
+            self.config.discriminator,
+            self.runtime,
+            max_tokens=self.config.trainer.max_tokens_per_row,
+        )
+        self.discriminator.prepare_for_training_step()
+        self.discriminator.start_batch(game.rows)
+        frozen = self.config.algorithm.discriminator_steps_frozen
+        loss, metrics = self.discriminator.get_loss_and_metrics(game.training_batch, forward_only=frozen)
+        metrics = {"loss": loss, **metrics, **self.discriminator.router_metrics()}
+        return game, {f"discriminator/{name}": value for name, value in metrics.items()}
+
+    def student_segments(self, text: str, index: int) -> tuple[Segment, ...] | None:
+        """A rollout's segments; None for one that is not in the format (or too long), which is not scored."""
+        try:
+            return response_segments(text, self.encoder, self.config.discriminator.view, sample=index)
+        except DataError:
+            return None
+
+    def advantages(self, rollouts: RolloutBatch, game: ComparisonBatch) -> Tensor:
+        """fp32 [B], from the group-normalised scores of both segments; an invalid rollout is pushed down."""
+        algorithm = self.config.algorithm
+        scores = game.student_scores.clamp(-algorithm.score_clip, algorithm.score_clip)
+        return prism_advantages(
+            scores[:, 0],
+            scores[:, -1],  # with one score for the whole response, the same one
+            game.compared,
+            rollouts.group_ids,
+            perception_weight=algorithm.perception_weight,
+            reasoning_weight=algorithm.reasoning_weight,
+            format_penalty=algorithm.format_penalty,
+        )
+
+    def update(self, step: int, rollouts: RolloutBatch, game: ComparisonBatch) -> dict[str, float]:
+        """The policy's gradient from the scores, then both optimizer steps; none when a score is not finite."""
+        ids = [record.id for record in rollouts.records]
+        if not self.scores_are_finite(game):
+            self.loop.guard(False, "a score", ids)
+            return {}
+        advantages = self.advantages(rollouts, game)
+        batch = policy_batch(
+            rollouts,
+            advantages,
+            self.config.algorithm.policy_loss,
+            self.runtime,
+            max_tokens=self.config.trainer.max_tokens_per_row,
+            max_response_length=self.config.data.max_response_length,
+        )
+        self.policy.prepare_for_training_step()
+        loss, metrics = self.policy.get_loss_and_metrics(batch, forward_only=False)
+        self.policy.finish_training_step()
+        policy_step = self.policy.optimizer_step(step)
+        applied = policy_step.applied
+        result = {"loss": loss, **metrics, "grad_norm": policy_step.grad_norm, "learning_rate": policy_step.learning_rate}
+        if not self.config.algorithm.discriminator_steps_frozen:
+            self.discriminator.finish_training_step()
+            discriminator_step = self.discriminator.optimizer_step(step)
+            applied = applied and discriminator_step.applied
+            result["discriminator/grad_norm"] = discriminator_step.grad_norm
+        self.loop.guard(applied, "a gradient", ids)
+        sums = {**rollouts.metrics(), "advantage_magnitude": mean_of(advantages.abs())}
+        return {**result, **reduce_metrics(sums, self.runtime)}
+
+    def scores_are_finite(self, game: ComparisonBatch) -> bool:
+        """On every rank."""
+        return self.runtime.max_over_all(int(not bool(game.student_scores[game.compared].isfinite().all()))) == 0
+
+    def sample_columns(self, game: ComparisonBatch) -> dict[str, list[Any]]:
+        """The scores of every rollout by segment, for samples.jsonl; null where there is none."""
+        columns = {}
+        for column, kind in enumerate(game.kinds):
+            values = game.student_scores[:, column].tolist()
+            columns[f"score/{kind.name.lower()}"] = [value if value == value else None for value in values]
+        return columns
+
+    def check_content_probe(self) -> None:
+        """Refuses to start when the discriminator does not read content (`algorithm.min_content_probe`)."""
+        minimum = self.config.algorithm.min_content_probe
+        if minimum is None:
+            return
+        for name, value in self.probe.run().items():
+            if name.endswith("/content_probe") and value < minimum:
+                raise PrismError(
+                    f"the discriminator's content probe is {value:.3f} for {name.split('/')[0]}, the gate is {minimum}",
+                    where="algorithm.min_content_probe",
+                    remedy="warm it up longer, on pairs whose teacher and student write in one style; or lower the gate",
+                )
+
+    def run_validation(self) -> dict[str, float]:
+        """The content probe, and the policy's accuracy on held-out prompts where the answers are known."""
+        metrics = {f"discriminator/{name}": value for name, value in self.probe.run().items()}
+        accuracy = evaluate(
+            self.engine,
+            self.encoder,
+            self.config.data,
+            self.config.rollout,
+            self.runtime,
+            seed=self.config.runtime.seed,
+            limit=self.config.trainer.limit_val_samples,
+        )
+        return {**metrics, **accuracy}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+
+
+def run(config: AlignConfig) -> None:
+    """The `align` command."""
+    validate(config)
+    with session(config.parallel, config.runtime) as runtime, StageLoop("align", config, runtime) as loop:
+        AlignTrainer(config, runtime, loop).fit()

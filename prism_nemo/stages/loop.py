@@ -1,0 +1,164 @@
+"""What every stage's loop does around its own steps: resume, log, validate, save, stop.
+
+A trainer writes its loop out and calls this; nothing is inherited:
+
+    for step in loop.steps(self):
+        ...
+        loop.end_step(metrics, samples)
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from prism_nemo.config.compose import dump_config
+from prism_nemo.config.schema import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
+from prism_nemo.engine.runtime import Runtime
+from prism_nemo.errors import PrismError
+from prism_nemo.experiment import Experiment
+from prism_nemo.progress import StepProgress
+
+TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved on a signal; run the same command again
+
+
+class Trainer(Protocol):
+    """What the loop needs of a stage's trainer."""
+
+    models: Mapping[str, Checkpointed]
+
+    def run_validation(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StageLoop:
+    """Owns the run directory and the checkpoints of one stage."""
+
+    def __init__(self, stage: str, config: TrainingConfig, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        experiment = config.experiment
+        self.directory = Path(experiment.dir)
+        self.stage = stage
+        self.experiment = Experiment(
+            self.directory,
+            stage=stage,
+            config_yaml=dump_config(config),
+            resume=experiment.resume,
+            overwrite=experiment.overwrite,
+            is_main=runtime.is_main,
+            tensorboard=experiment.tensorboard,
+            progress=experiment.progress,
+        )
+        runtime.barrier()
+        self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
+        self._bad_steps = 0
+        self._stop_signal: int | None = None
+        self._times: dict[str, float] = {}
+
+    def __enter__(self) -> StageLoop:
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.experiment.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.experiment.__exit__(kind, error, traceback)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signal = number
+
+    def steps(self, trainer: Trainer) -> Iterator[int]:
+        """The steps still to do, from 0 or from behind the newest checkpoint, each ended with `end_step`.
+
+        Behind a step that calls for it, validates and saves; the last one always does. After SIGTERM or SIGUSR1 the running step
+        is finished and saved, and the process exits with status 75.
+        """
+        settings = self.config.trainer
+        start = 0
+        state = self.checkpoints.load(trainer.models)
+        if state is not None:
+            start = state["step"]
+            self._bad_steps = state["bad_steps"]
+            trainer.load_state_dict(state["trainer"])
+        self.experiment.rewind(start)
+        bar = self.experiment.progress_steps(start, settings.max_steps, self.stage)
+        for step in bar:
+            began = time.perf_counter()
+            self._ended = False
+            self._times = {}
+            yield step
+            assert self._ended, "the loop's body must call end_step"
+            done = step + 1
+            self._metrics["time/step_seconds"] = time.perf_counter() - began
+            self.experiment.log_metrics(done, self._metrics | self._times)
+            self.experiment.log_samples(done, self._samples)
+            self._show(bar)
+            last = done == settings.max_steps
+            stop = self._anyone_was_told_to_stop()
+            if last or (settings.val_check_interval and done % settings.val_check_interval == 0):
+                self.validate(trainer, done)
+            if last or stop or (settings.save_interval and done % settings.save_interval == 0):
+                self.save(trainer, done)
+            if stop and not last:
+                self.experiment.interrupt()
+                raise SystemExit(EXIT_INTERRUPTED)
+
+    def end_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Hands over what a step measured; `samples` are written as they are."""
+        self._ended = True
+        self._metrics = dict(metrics)
+        self._samples = samples
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the block's wall time to the step's metrics as `time/NAME_seconds`."""
+        began = time.perf_counter()
+        yield
+        key = f"time/{name}_seconds"
+        self._times[key] = self._times.get(key, 0.0) + time.perf_counter() - began
+
+    def guard(self, applied: bool, what: str, sample_ids: Sequence[str]) -> None:
+        """Counts consecutive steps without an update because a loss, score or gradient was not finite.
+
+        After `trainer.max_bad_steps` of them the run stops; the samples of every such step are written down.
+        """
+        if applied:
+            self._bad_steps = 0
+            return
+        self._bad_steps += 1
+        gathered = [identifier for ids in self.runtime.gather_objects(list(sample_ids)) for identifier in ids]
+        self.experiment.record_bad_samples([{"reason": f"{what} is not finite", "samples": gathered}])
+        if self._bad_steps >= self.config.trainer.max_bad_steps:
+            raise PrismError(
+                f"{what} was not finite in {self._bad_steps} steps in a row",
+                where=str(self.directory / "bad_samples.jsonl"),
+                remedy="look at those samples; lower the learning rate, or use precision fp32",
+            )
+
+    def validate(self, trainer: Trainer, done: int) -> None:
+        metrics = trainer.run_validation()
+        if metrics:
+            self.experiment.log_metrics(done, metrics, prefix="validation")
+
+    def save(self, trainer: Trainer, done: int) -> None:
+        self.checkpoints.save(done, trainer.models, {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps})
+
+    def _anyone_was_told_to_stop(self) -> bool:
+        return self.runtime.max_over_all(int(self._stop_signal is not None)) > 0
+
+    def _show(self, bar: StepProgress) -> None:
+        shown = ("loss", "reward", "accuracy", "caption_accuracy", "format_rate", "perception/accuracy", "reasoning/accuracy")
+        bar.update(**{name: self._metrics[name] for name in shown if name in self._metrics})

@@ -1,0 +1,100 @@
+"""Teacher/student pairs for the discriminator's warm-up: the policy's own responses beside the teacher's.
+
+    prism-nemo pairs model.path=runs/sft data.train=teacher.jsonl experiment.dir=runs/pairs
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from prism_nemo.config.compose import dump_config
+from prism_nemo.config.schema import PairsConfig
+from prism_nemo.config.validate import validate
+from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_records
+from prism_nemo.data.records import ImageSource, Record
+from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.errors import ConfigError, DataError
+from prism_nemo.experiment import Experiment
+from prism_nemo.models.policy import PolicyModel
+from prism_nemo.rollout.base import RolloutEngine, build_engine
+from prism_nemo.rollout.batch import sample_rollouts
+from prism_nemo.run_directory import write_atomically
+
+RESULT = "pairs.jsonl"
+
+
+def run(config: PairsConfig) -> None:
+    """The `pairs` command: writes pairs.jsonl, one line per teacher response and student rollout of valid format.
+
+    A rollout of invalid format makes no pair; how many there were is in metrics.jsonl.
+    """
+    validate(config)
+    directory = Path(config.experiment.dir)
+    with (
+        session(config.parallel, config.runtime) as runtime,
+        Experiment(
+            directory,
+            stage="pairs",
+            config_yaml=dump_config(config),
+            resume=config.experiment.resume,
+            overwrite=config.experiment.overwrite,
+            is_main=runtime.is_main,
+            tensorboard=config.experiment.tensorboard,
+            progress=config.experiment.progress,
+        ) as experiment,
+    ):
+        runtime.barrier()
+        experiment.rewind(0)
+        policy = PolicyModel(config.model, config.parallel, runtime)
+        encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
+        engine = build_engine(config.rollout, policy.module, device=runtime.device)
+        if config.data.train is None:
+            raise ConfigError("there is no data", where="data.train", remedy="name a file of records with teacher responses")
+        records = open_records(config.data.train, config.data, required=("response",))[: config.limit_samples]
+        lines = [line for part in runtime.gather_objects(list(_pairs(records, config, engine, encoder, runtime))) for line in part]
+        if not lines:
+            raise DataError("no rollout has a valid format", where=config.model.path, remedy="train the policy longer (sft)")
+        if runtime.is_main:
+            write_atomically(directory / RESULT, "".join(json.dumps(line) + "\n" for line in lines))
+        rollouts = len(records) * config.rollout.num_rollouts_per_prompt
+        experiment.log_metrics(1, {"pairs": len(lines), "invalid_rollouts": rollouts - len(lines)})
+        if runtime.is_main:
+            print(f"{len(lines)} pairs, {rollouts - len(lines)} rollouts of invalid format left out: {directory / RESULT}", flush=True)
+
+
+def _pairs(
+    records: list[Record], config: PairsConfig, engine: RolloutEngine, encoder: ChatEncoder, runtime: Runtime
+) -> Iterator[dict[str, object]]:
+    """This data-parallel rank's pairs, as records in the pairwise form that the readers take."""
+    mine = records[runtime.data_parallel_rank :: runtime.data_parallel_size]
+    assert config.data.train is not None
+    root = Path(config.data.image_root) if config.data.image_root else Path(config.data.train).parent
+    prompts_at_once = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts_per_prompt)
+    for start in range(0, len(mine), prompts_at_once):
+        batch = [(record, encoder.encode_prompt(record)) for record in mine[start : start + prompts_at_once]]
+        rollouts = sample_rollouts(engine, encoder, batch, config.rollout, seed=config.runtime.seed, step=0)
+        for index, text in enumerate(rollouts.texts):
+            if rollouts.parsed[index] is None:
+                continue
+            record = rollouts.record_of(index)
+            system = {"system": record.metadata["system"]} if "system" in record.metadata else {}
+            yield {
+                **system,
+                "id": f"{record.id}/{index % config.rollout.num_rollouts_per_prompt}",
+                "prompt": record.prompt,
+                "images": [_relative(image, record, root) for image in record.images],
+                "teacher_response": record.response,
+                "student_response": text,
+            }
+
+
+def _relative(image: ImageSource, record: Record, root: Path) -> str:
+    """An image's path below the image root, which the warm-up that reads the pairs is given as `data.image_root`."""
+    if image.path is None:
+        raise DataError(
+            "the record's images are inside the data file", where=f"record {record.id}", remedy="write them to files and give paths"
+        )
+    return str(image.path.relative_to(root))

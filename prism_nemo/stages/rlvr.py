@@ -1,0 +1,125 @@
+"""Reinforcement learning with verifiable rewards: GRPO and its relatives.
+
+    prism-nemo rlvr algorithm=grpo model.path=runs/align data.train=prompts.jsonl experiment.dir=runs/rlvr
+
+One step: sample a group of rollouts for every prompt, reward each against the verified answer, normalise within the group, update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prism_nemo.algorithms.advantages import grpo_advantages
+from prism_nemo.algorithms.metrics import MetricSums, mean_of
+from prism_nemo.config.schema import RLVRConfig
+from prism_nemo.config.validate import validate
+from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.records import Record
+from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.engine.step import reduce_metrics
+from prism_nemo.evaluation.accuracy import evaluate
+from prism_nemo.models.policy import OutputDistribution, PolicyModel
+from prism_nemo.packing.groups import EncodedPrompt
+from prism_nemo.rewards.registry import Reward, reward_function
+from prism_nemo.rollout.base import build_engine
+from prism_nemo.stages.loop import StageLoop
+from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.stages.policy_batch import policy_batch
+from prism_nemo.data.open import open_stream
+
+
+class RLVRTrainer:
+    """One policy step per global batch of prompts."""
+
+    def __init__(self, config: RLVRConfig, runtime: Runtime, loop: StageLoop) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.loop = loop
+        self.reward = reward_function(config.reward.name)
+        self.policy = PolicyModel(config.model, config.parallel, runtime)
+        self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
+        self.models = {"policy": self.policy}
+        self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
+        self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
+        self.engine = build_engine(config.rollout, self.policy.module, device=runtime.device)
+        self.stream = open_stream(config, self.encode, required=("answer",))
+
+    def encode(self, record: Record) -> EncodedPrompt:
+        return self.encoder.encode_prompt(record)
+
+    def fit(self) -> None:
+        self.policy.prepare_for_training()
+        for step in self.loop.steps(self):
+            prompts = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+
+            with self.loop.timed("rollout"):
+                rollouts = sample_rollouts(
+                    self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
+                )
+            with self.loop.timed("reward"):
+                rewards = self.rewards(rollouts)
+            scores = torch.tensor([reward.score for reward in rewards])
+            advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
+            batch = policy_batch(
+                rollouts,
+                advantages,
+                self.config.algorithm.policy_loss,
+                self.runtime,
+                max_tokens=self.config.trainer.max_tokens_per_row,
+                max_response_length=self.config.data.max_response_length,
+            )
+
+            with self.loop.timed("policy"):
+                self.policy.prepare_for_training_step()
+                loss, metrics = self.policy.get_loss_and_metrics(batch, forward_only=False)
+                self.policy.finish_training_step()
+                update = self.policy.optimizer_step(step)
+
+            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in prompts])
+            sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **rollouts.metrics()}
+            measured = reduce_metrics(sums, self.runtime)
+            rates = {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+            self.loop.end_step(
+                {"loss": loss, **metrics, **measured, **rates},
+                rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
+            )
+        self.policy.finish_training()
+
+    def rewards(self, rollouts: RolloutBatch) -> list[Reward]:
+        """Every rollout's reward against its prompt's verified answer."""
+        return [
+            self.reward(
+                text,
+                rollouts.record_of(index).answer or "",
+                accuracy_weight=self.config.reward.accuracy_weight,
+                format_weight=self.config.reward.format_weight,
+            )
+            for index, text in enumerate(rollouts.texts)
+        ]
+
+    def run_validation(self) -> dict[str, float]:
+        """Accuracy on held-out prompts; nothing without a validation file."""
+        return evaluate(
+            self.engine,
+            self.encoder,
+            self.config.data,
+            self.config.rollout,
+            self.runtime,
+            seed=self.config.runtime.seed,
+            limit=self.config.trainer.limit_val_samples,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+
+
+def run(config: RLVRConfig) -> None:
+    """The `rlvr` command."""
+    validate(config)
+    with session(config.parallel, config.runtime) as runtime, StageLoop("rlvr", config, runtime) as loop:
+        RLVRTrainer(config, runtime, loop).fit()
