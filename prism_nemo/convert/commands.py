@@ -13,9 +13,9 @@ from prism_nemo.errors import CheckpointError
 from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.weights import export_hf_tensors, load_weights
+from prism_nemo.run_directory import resolve_model_directory
 
 _PRECISIONS = {"F32": Precision.fp32, "BF16": Precision.bf16}
-from prism_nemo.run_directory import resolve_model_directory
 
 
 def import_hf(hf: Path, out: Path) -> None:

@@ -42,9 +42,14 @@ def _initial(config: Config, name: str, shape: Shape, seed: int) -> Tensor:
         return torch.zeros(shape)
     if len(shape) == 1:  # a norm: the model has no other one-dimensional weight
         return torch.ones(shape)
+    return named_normal(name, shape, _std(config, name), seed)
+
+
+def named_normal(name: str, shape: Shape, std: float, seed: int) -> Tensor:
+    """N(0, std), float32: the same for the same name, shape and seed, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.empty(shape).normal_(0.0, _std(config, name), generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def _std(config: Config, name: str) -> float:

@@ -18,7 +18,9 @@ T = TypeVar("T")
 def open_records(path: str, data: DataConfig, *, required: tuple[str, ...]) -> list[Record]:
     """The usable records of a file, those with all `required` fields. Raises DataError past the share of bad ones."""
     image_root = Path(data.image_root) if data.image_root is not None else None
-    return read_records(Path(path), image_root=image_root, max_bad_sample_share=data.max_bad_sample_share).require(*required).records
+    return (
+        read_records(Path(path), image_root=image_root, max_bad_sample_share=data.max_bad_sample_share).require(*required).records
+    )
 
 
 def open_stream(

@@ -1,4 +1,4 @@
-"""The engine: device, groups, steps, attention, optimizer, checkpoints. Importing it prepares Megatron for the CPU where needed."""
+"""Device, groups, steps, attention, optimizer, checkpoints. Importing it prepares Megatron for the CPU where needed."""
 
 import warnings as _warnings
 

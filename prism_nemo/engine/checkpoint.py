@@ -37,9 +37,11 @@ TRAINER = "trainer.json"
 class Checkpointed(Protocol):
     """What a checkpoint holds of a model."""
 
-    name: str
-    module: Any
-    optimizer: ModelOptimizer | None
+    @property
+    def module(self) -> Any: ...
+
+    @property
+    def optimizer(self) -> ModelOptimizer | None: ...
 
     def save_assets(self, directory: Path) -> None:
         """Writes config.json, tokenizer and processor."""
@@ -130,7 +132,9 @@ def check_manifest(directory: Path) -> None:
         file = directory / name
         if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise CheckpointError(f"the checkpoint is truncated: {name} is {found}, it had {size} bytes", where=str(directory), remedy=remedy)
+            raise CheckpointError(
+                f"the checkpoint is truncated: {name} is {found}, it had {size} bytes", where=str(directory), remedy=remedy
+            )
 
 
 class CheckpointStore:

@@ -24,7 +24,8 @@ def label_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 [N] log-probabilities of labels under softmax(hidden @ weight.T / temperature), and entropies [N] when asked for.
 
-    hidden [N, H], the same on every tensor-parallel rank; weight [V / TP, H], this rank's part of the vocabulary; labels int64 [N].
+    hidden [N, H], the same on every tensor-parallel rank; weight [V / TP, H], this rank's part of the vocabulary;
+    labels int64 [N].
     `banned_token_ids` have probability zero, as in sampling. Differentiable in hidden (whose gradient is summed over the ranks)
     and weight; the entropy is not. Backward computes each chunk's logits again.
     """
@@ -86,7 +87,7 @@ class _LabelLogProbs(torch.autograd.Function):
         return torch.cat([empty, *log_probs]), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, local, mine, normalizer, banned = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

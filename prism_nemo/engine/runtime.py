@@ -71,7 +71,9 @@ class Runtime:
             return value
         box = [value]
         dist.broadcast_object_list(
-            box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+            box,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
         )
         return box[0]
 
@@ -103,9 +105,7 @@ def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
     if not dist.is_initialized():
         _join(device, datetime.timedelta(minutes=config.distributed_timeout_minutes))
     world_size = dist.get_world_size()
-    model_parallel = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if world_size % model_parallel:
         raise LayoutError(
             f"{world_size} ranks do not divide by tensor x pipeline x context parallel size {model_parallel}",
@@ -205,7 +205,7 @@ def shutdown() -> None:
 
 @contextmanager
 def session(parallel: ParallelConfig, config: RuntimeConfig) -> Iterator[Runtime]:
-    """`initialize`, and on the way out of the outermost session `shutdown`; an exception on one rank reaches all through torchrun."""
+    """`initialize`, and on the way out of the outermost session `shutdown`."""
     outermost = not dist.is_initialized()
     runtime = initialize(parallel, config)
     try:

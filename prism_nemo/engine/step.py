@@ -41,9 +41,9 @@ def run_rows(
 ) -> list[Any]:
     """Runs every row as one micro-batch and, unless `forward_only`, accumulates gradients.
 
-    Returns, on the last pipeline stage, one item per row: (loss, metrics) of `loss_function(row, output)`, or without a loss function
-    the output of `forward(module, row)` itself. Ranks with fewer rows than others run empty ones, whose results are dropped, so that
-    no rank misses a collective.
+    Returns, on the last pipeline stage, one item per row: (loss, metrics) of `loss_function(row, output)`, or without a loss
+    function the output of `forward(module, row)` itself. Ranks with fewer rows than others run empty ones, whose results are
+    dropped, so that no rank misses a collective.
     """
     count = runtime.max_over_data_parallel(len(rows))
     if count == 0:

@@ -47,7 +47,7 @@ def evaluate(
     seed: int,
     limit: int | None,
 ) -> dict[str, float]:
-    """accuracy, caption_accuracy, format_rate, response_length, truncated: one response per held-out prompt; empty without a file."""
+    """accuracy, caption_accuracy, format_rate, …: one response per held-out prompt; empty without a file."""
     if data.validation is None:
         return {}
     single = replace(rollout, num_rollouts_per_prompt=1)

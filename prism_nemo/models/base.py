@@ -32,18 +32,24 @@ class TrainingBatch:
 
 
 class TrainableModel:
-    """A model with the methods of NeMo-Aligner's `SupervisedInterface` and `Inferrable`. Subclasses say what a row's output is."""
+    """NeMo-Aligner's `SupervisedInterface` and `Inferrable` over packed rows. Subclasses say what a row's output is."""
 
     name: str  # the model's folder in a checkpoint
 
-    def __init__(self, module: Qwen3VLModel, hf_config: Mapping[str, Any], assets: Path, parallel: ParallelConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, module: Qwen3VLModel, hf_config: Mapping[str, Any], assets: Path, parallel: ParallelConfig, runtime: Runtime
+    ) -> None:
         self.hf_config = hf_config
         self.assets = assets
         self.parallel = parallel
         self.runtime = runtime
         module.to(runtime.device)
         self.ddp = wrap_data_parallel(module, parallel)
-        self.optimizer: ModelOptimizer | None = None
+        self._optimizer: ModelOptimizer | None = None
+
+    @property
+    def optimizer(self) -> ModelOptimizer | None:
+        return self._optimizer
 
     @property
     def module(self) -> Qwen3VLModel:
@@ -57,7 +63,7 @@ class TrainableModel:
         copy_assets(self.assets, directory, config=self.hf_config, dtype=self.module.config.params_dtype)
 
     def build_optimizer(self, config: OptimizerConfig, max_steps: int) -> None:
-        self.optimizer = ModelOptimizer(self.ddp, config, self.parallel, max_steps)
+        self._optimizer = ModelOptimizer(self.ddp, config, self.parallel, max_steps)
 
     # SupervisedInterface
 
@@ -69,8 +75,8 @@ class TrainableModel:
 
     def prepare_for_training_step(self) -> None:
         """Zeroes the gradients."""
-        assert self.optimizer is not None, "build_optimizer comes first"
-        self.optimizer.zero_grad()
+        assert self._optimizer is not None, "build_optimizer comes first"
+        self._optimizer.zero_grad()
 
     def get_loss_and_metrics(self, batch: TrainingBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
         """Loss and metrics of the global batch, the same on every rank; unless `forward_only`, gradients are accumulated."""
@@ -79,13 +85,13 @@ class TrainableModel:
 
     def finish_training_step(self) -> None:
         """Reduces the gradients over ranks."""
-        assert self.optimizer is not None, "build_optimizer comes first"
-        self.optimizer.finalize_gradients()
+        assert self._optimizer is not None, "build_optimizer comes first"
+        self._optimizer.finalize_gradients()
 
     def optimizer_step(self, step: int) -> StepResult:
         """Clips and applies the gradients of step `step` (from 0), unless they are not finite."""
-        assert self.optimizer is not None, "build_optimizer comes first"
-        return self.optimizer.step(step)
+        assert self._optimizer is not None, "build_optimizer comes first"
+        return self._optimizer.step(step)
 
     def prepare_for_validation_step(self) -> None:
         self.module.eval()

@@ -21,7 +21,13 @@ class KeyValueCache(Protocol):
     """Keys and values of decoded sequences; `rollout/megatron.py` has the implementation."""
 
     def attend(
-        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, attention: RowAttention | ImageAttention | None
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        attention: RowAttention | ImageAttention | None,
     ) -> Tensor: ...
 
 

@@ -69,7 +69,9 @@ class DiscriminatorModel(TrainableModel):
 
     def __init__(self, config: DiscriminatorConfig, parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> None:
         if config.path is None:
-            raise ConfigError("no discriminator is given", where="discriminator.path", remedy="a dense model to upcycle, or a checkpoint")
+            raise ConfigError(
+                "no discriminator is given", where="discriminator.path", remedy="a dense model to upcycle, or a checkpoint"
+            )
         path = resolve_model_directory(Path(config.path), self.name)
         is_discriminator = path.name == self.name and is_model_checkpoint(path)
         if not is_discriminator:
@@ -119,4 +121,3 @@ class DiscriminatorModel(TrainableModel):
     def infer_rm_critic(self, rows: Sequence[PackedRow]) -> list[Tensor]:
         """Scores fp32 [S] of every row, without gradients: NeMo-Aligner's name for asking a reward model."""
         return self.infer(rows)
-

@@ -72,7 +72,11 @@ class PolicyModel(TrainableModel):
     name = "policy"
 
     def __init__(
-        self, config: ModelConfig, parallel: ParallelConfig, runtime: Runtime, distribution: OutputDistribution = OutputDistribution()
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        runtime: Runtime,
+        distribution: OutputDistribution = OutputDistribution(),
     ) -> None:
         path = resolve_model_directory(Path(config.path), self.name)
         hf_config = load_model_config(path)

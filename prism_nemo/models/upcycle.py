@@ -1,12 +1,11 @@
 """Sparse upcycling: the weights of an MoE discriminator from those of a dense Qwen3-VL.
 
-Every expert is the dense MLP plus noise, the router and the scalar head are drawn anew, everything else is copied. Noise is drawn per
-tensor from a generator seeded by the tensor's name, so that it does not depend on the layout.
+Every expert is the dense MLP plus noise, the router and the scalar head are drawn anew, everything else is copied. Noise is
+drawn per tensor from a generator seeded by the tensor's name, so that it does not depend on the layout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, mappings
+from prism_nemo.convert.random_init import named_normal
 from prism_nemo.errors import ConfigError
 from prism_nemo.models.weights import canonical_parameters, shard_of
 
@@ -77,10 +77,3 @@ def upcycle(
                 noise = named_normal(name, mapping.megatron_shape, options.expert_noise_std, seed)
                 source = source.float() + shard_of(name, noise, mapping.sharding).to(source.device)
             parameter.copy_(source)
-
-
-def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """N(0, std), fp32, the same for the same name, shape and seed."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)

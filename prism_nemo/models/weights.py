@@ -49,11 +49,15 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str
             parameters[name].copy_(shard_of(name, full, sharding))
             missing.discard(name)
     if missing:
-        raise CheckpointError(f"nothing to fill {len(missing)} parameters with, {sorted(missing)[0]} among them", where=str(directory))
+        raise CheckpointError(
+            f"nothing to fill {len(missing)} parameters with, {sorted(missing)[0]} among them", where=str(directory)
+        )
 
 
-def export_hf_tensors(model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(HuggingFace name, full tensor) of every parameter, gathered over the tensor-parallel ranks. A collective: every rank iterates."""
+def export_hf_tensors(
+    model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(HuggingFace name, full tensor) of every parameter, gathered over tensor-parallel ranks. A collective: every rank iterates."""
     parameters = canonical_parameters(model, config)
     shardings: dict[str, Sharding] = {
         name: mapping.sharding for mapping in mappings(config, score_head=score_head) for name in mapping.megatron_names

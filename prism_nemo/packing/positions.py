@@ -27,19 +27,27 @@ def mrope_positions(input_ids: Tensor, image_mask: Tensor, image_grid_thw: Tenso
         rows, columns = height // spatial_merge_size, width // spatial_merge_size
         count = time * rows * columns
         if consumed + count > len(image_starts):
-            raise DataError(f"the prompt has {len(image_starts)} image tokens, its images need more", remedy="one placeholder per image, expanded once")
+            raise DataError(
+                f"the prompt has {len(image_starts)} image tokens, its images need more",
+                remedy="one placeholder per image, expanded once",
+            )
         first = image_starts[consumed]
         if image_starts[consumed + count - 1] != first + count - 1:
             raise DataError("the tokens of one image are not contiguous", where=f"token {first}")
         text = first - cursor
         positions[:, cursor:first] = torch.arange(start, start + text)
         start += text
-        grid = torch.stack(torch.meshgrid(torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(1)
+        grid = torch.stack(torch.meshgrid(torch.arange(time), torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(
+            1
+        )
         positions[:, first : first + count] = grid + start
         start += max(rows, columns)
         cursor = first + count
         consumed += count
     if consumed != len(image_starts):
-        raise DataError(f"the prompt has {len(image_starts)} image tokens, its images fill {consumed}", remedy="one placeholder per image, expanded once")
+        raise DataError(
+            f"the prompt has {len(image_starts)} image tokens, its images fill {consumed}",
+            remedy="one placeholder per image, expanded once",
+        )
     positions[:, cursor:] = torch.arange(start, start + length - cursor)
     return positions

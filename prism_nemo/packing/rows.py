@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prism_nemo.errors import ConfigError
-from prism_nemo.packing.groups import Group
+from prism_nemo.packing.groups import Group, Segment
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ def make_row(groups: Sequence[Group], *, pad_multiple: int = 1, patch_size: int 
     """
     assert groups or patch_size is not None, "an empty row needs the patch size"
     ids, positions, image_index, layouts = [], [], [], []
-    sources, labels, label_segments, samples, kinds, ends = [], [], [], [], [], []
+    sources, labels, label_segments = [], [], []
+    samples: list[int] = []
+    kinds: list[int] = []
+    ends: list[int] = []
     cursor = 0
     for group in groups:
         prompt = group.prompt
@@ -177,7 +180,7 @@ def split_to_budget(group: Group, max_tokens: int) -> list[Group]:
     Raises ConfigError when even the prompt with one segment does not fit.
     """
     parts: list[Group] = []
-    current: list = []
+    current: list[Segment] = []
     used = len(group.prompt)
     for segment in group.segments:
         if len(group.prompt) + len(segment) > max_tokens:
@@ -201,7 +204,7 @@ def split_to_budget(group: Group, max_tokens: int) -> list[Group]:
 
 
 def pack_rows(groups: Sequence[Group], *, max_tokens: int, pad_multiple: int = 1) -> list[PackedRow]:
-    """Packs groups into as few rows of at most `max_tokens` tokens (before padding) as first-fit-decreasing finds; deterministic."""
+    """Packs groups into rows of at most `max_tokens` tokens (before padding), first-fit-decreasing; deterministic."""
     pieces = [piece for group in groups for piece in split_to_budget(group, max_tokens)]
     order = sorted(range(len(pieces)), key=lambda index: (-pieces[index].num_tokens, index))
     bins: list[tuple[int, list[int]]] = []

@@ -19,6 +19,7 @@ from prism_nemo.rewards.answer import answers_match
 from prism_nemo.rewards.format import ParsedResponse, parse_response
 from prism_nemo.rollout.base import Rollout, RolloutEngine, SamplingParams, rollout_seed
 
+
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
     """B rollouts, those of a prompt together, prompts in order."""
@@ -117,7 +118,7 @@ def sample_rollouts(
     seed: int,
     step: int,
 ) -> RolloutBatch:
-    """`num_rollouts_per_prompt` responses to each prompt. A rollout's seed depends on the run's, the step, the record and its number."""
+    """`num_rollouts_per_prompt` responses to each prompt, seeded by the run's seed, the step, the record and their number."""
     count = config.num_rollouts_per_prompt
     records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
     seeds = [rollout_seed(seed, step, record.id, index) for record in records for index in range(count)]

@@ -38,7 +38,13 @@ class PromptCache:
         self._index = torch.where(offset < lengths.unsqueeze(1), starts + offset, starts)  # [row's prompts, row's longest]
 
     def attend(
-        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, attention: RowAttention | ImageAttention | None
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        attention: RowAttention | ImageAttention | None,
     ) -> Tensor:
         """Attention within the row, [T, H, D]; its keys and values are kept."""
         assert attention is not None
@@ -131,7 +137,13 @@ class DecodeCache:
         self._prompt_of = torch.unique_consecutive(prompt_of, return_inverse=True)[1]
 
     def attend(
-        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, attention: RowAttention | ImageAttention | None
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        attention: RowAttention | ImageAttention | None,
     ) -> Tensor:
         """[T, H, D]: zeros for padding."""
         slots, prompt = self._slots, self._prompt_layers[layer_number - 1]

@@ -3,9 +3,9 @@
     prism-nemo align model.path=runs/sft discriminator.path=runs/warmup data.train=teacher.jsonl experiment.dir=runs/align
 
 One step, as the algorithm describes it: sample rollouts; score every segment of every rollout and of the teacher's response;
-update the discriminator to tell them apart and the policy to be taken for the teacher. Two identities make a step cheap, both exact: the
-scores of the game are those of the discriminator's own forward pass, so one pass scores and accumulates its gradient; and with one
-optimizer step per batch the old log-probabilities are the new ones, so there is no pass for them.
+update the discriminator to tell them apart and the policy to be taken for the teacher. Two identities make a step cheap, both
+exact: the scores of the game are those of the discriminator's own forward pass, so one pass scores and accumulates its gradient;
+and with one optimizer step per batch the old log-probabilities are the new ones, so there is no pass for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prism_nemo.algorithms.metrics import mean_of
 from prism_nemo.config.schema import AlignConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.data.segments import response_segments
 from prism_nemo.engine.runtime import Runtime, session
@@ -30,12 +31,11 @@ from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
 from prism_nemo.rollout.base import build_engine
+from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 from prism_nemo.stages.loop import StageLoop
-from prism_nemo.stages.probe import ContentProbe
-from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.stages.policy_batch import policy_batch
-from prism_nemo.data.open import open_stream
+from prism_nemo.stages.probe import ContentProbe
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,9 @@ class AlignTrainer:
                 for rollout, segments in zip(rollouts.rollouts, students, strict=True)
                 if rollout.prompt_index == number and segments is not None
             )
-            comparisons.append(Comparison(prompt if self.config.discriminator.use_images else without_images(prompt), teacher, own))
+            comparisons.append(
+                Comparison(prompt if self.config.discriminator.use_images else without_images(prompt), teacher, own)
+            )
         game = ComparisonBatch(
             comparisons,
             len(students),

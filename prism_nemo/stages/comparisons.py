@@ -22,7 +22,6 @@ from prism_nemo.models.base import TrainingBatch
 from prism_nemo.packing.groups import EncodedPrompt, Group, Segment
 from prism_nemo.packing.rows import PackedRow, pack_rows
 
-
 TEACHER = -1  # `sample` of a teacher's segments; in a batch, comparison i's carry TEACHER - i
 
 
@@ -94,8 +93,8 @@ class ComparisonBatch:
     def loss(self, row: PackedRow, scores: Tensor) -> tuple[Tensor, MetricSums]:
         """Bradley-Terry over the row's pairs of every kind, divided by the global number of pairs, plus the score regularisation.
 
-        The regularisation is `coefficient * mean(score^2)`, the mean over each of the score sets (teacher and student, per kind) and
-        then over the sets. Where a comparison was cut over rows, its teacher's scores count once.
+        The regularisation is `coefficient * mean(score^2)`, the mean over each of the score sets (teacher and student, per kind)
+        and then over the sets. Where a comparison was cut over rows, its teacher's scores count once.
         """
         total = scores.sum() * 0.0
         metrics: MetricSums = {}

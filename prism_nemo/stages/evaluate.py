@@ -1,6 +1,6 @@
 """Evaluation of a policy on held-out prompts.
 
-    prism-nemo eval model.path=runs/rlvr data.validation=test.jsonl experiment.dir=runs/eval
+prism-nemo eval model.path=runs/rlvr data.validation=test.jsonl experiment.dir=runs/eval
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved on a signal; run the same command ag
 class Trainer(Protocol):
     """What the loop needs of a stage's trainer."""
 
-    models: Mapping[str, Checkpointed]
+    @property
+    def models(self) -> Mapping[str, Checkpointed]: ...
 
     def run_validation(self) -> dict[str, float]: ...
 

@@ -1,6 +1,6 @@
 """Teacher/student pairs for the discriminator's warm-up: the policy's own responses beside the teacher's.
 
-    prism-nemo pairs model.path=runs/sft data.train=teacher.jsonl experiment.dir=runs/pairs
+prism-nemo pairs model.path=runs/sft data.train=teacher.jsonl experiment.dir=runs/pairs
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def run(config: PairsConfig) -> None:
         if config.data.train is None:
             raise ConfigError("there is no data", where="data.train", remedy="name a file of records with teacher responses")
         records = open_records(config.data.train, config.data, required=("response",))[: config.limit_samples]
-        lines = [line for part in runtime.gather_objects(list(_pairs(records, config, engine, encoder, runtime))) for line in part]
+        lines = [
+            line for part in runtime.gather_objects(list(_pairs(records, config, engine, encoder, runtime))) for line in part
+        ]
         if not lines:
             raise DataError("no rollout has a valid format", where=config.model.path, remedy="train the policy longer (sft)")
         if runtime.is_main:
@@ -62,7 +64,10 @@ def run(config: PairsConfig) -> None:
         rollouts = len(records) * config.rollout.num_rollouts_per_prompt
         experiment.log_metrics(1, {"pairs": len(lines), "invalid_rollouts": rollouts - len(lines)})
         if runtime.is_main:
-            print(f"{len(lines)} pairs, {rollouts - len(lines)} rollouts of invalid format left out: {directory / RESULT}", flush=True)
+            print(
+                f"{len(lines)} pairs, {rollouts - len(lines)} rollouts of invalid format left out: {directory / RESULT}",
+                flush=True,
+            )
 
 
 def _pairs(
@@ -95,6 +100,8 @@ def _relative(image: ImageSource, record: Record, root: Path) -> str:
     """An image's path below the image root, which the warm-up that reads the pairs is given as `data.image_root`."""
     if image.path is None:
         raise DataError(
-            "the record's images are inside the data file", where=f"record {record.id}", remedy="write them to files and give paths"
+            "the record's images are inside the data file",
+            where=f"record {record.id}",
+            remedy="write them to files and give paths",
         )
     return str(image.path.relative_to(root))

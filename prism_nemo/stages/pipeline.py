@@ -2,8 +2,8 @@
 
     prism-nemo pipeline demo=digits
 
-Every stage has its own folder under the run directory and is a run like any other: an interrupted pipeline goes on where it stopped,
-finished stages are not run again. At the end summary.json compares the arms, and one stage's policy is exported to hf/.
+Every stage has its own folder under the run directory and is a run like any other: an interrupted pipeline goes on where it
+stopped, finished stages are not run again. At the end summary.json compares the arms, and one stage's policy is exported to hf/.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prism_nemo.algorithms.metrics import MetricSums, mean_of
+from prism_nemo.algorithms.metrics import MetricSums, mean_of, prefixed
 from prism_nemo.algorithms.policy_loss import policy_loss
 from prism_nemo.algorithms.rollout_correction import mismatch_metrics
 from prism_nemo.config.schema import PolicyLossConfig
@@ -79,7 +79,9 @@ def surrogate(
     """The clipped policy loss of one row, and how far the sampler's log-probabilities are from the trainer's."""
     device = output.log_probs.device
     members = row.segment_sample.tolist()
-    old = output.log_probs.detach() if old_log_probs is None else _concatenate([old_log_probs[index] for index in members], device)
+    old = (
+        output.log_probs.detach() if old_log_probs is None else _concatenate([old_log_probs[index] for index in members], device)
+    )
     result = policy_loss(
         output.log_probs,
         old,
@@ -91,7 +93,8 @@ def surrogate(
         max_response_length=max_response_length,
     )
     sampled = _concatenate([batch.rollouts[index].log_probs for index in members], device)
-    metrics = {**result.metrics, **mismatch_metrics(output.log_probs.detach(), sampled, thresholds=MISMATCH_THRESHOLDS)}
+    mismatch = mismatch_metrics(output.log_probs.detach(), sampled, thresholds=MISMATCH_THRESHOLDS)
+    metrics = {**result.metrics, **prefixed("mismatch", mismatch)}
     if output.entropy is not None:
         metrics["entropy"] = mean_of(output.entropy)
     return result.loss, metrics

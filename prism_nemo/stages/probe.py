@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from prism_nemo.config.schema import AlignConfig, WarmupConfig
 from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_records
 from prism_nemo.data.records import Record
 from prism_nemo.data.segments import response_segments
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.packing.groups import without_images
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
-from prism_nemo.data.open import open_records
 
 
 class ContentProbe:

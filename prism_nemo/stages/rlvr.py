@@ -2,7 +2,8 @@
 
     prism-nemo rlvr algorithm=grpo model.path=runs/align data.train=prompts.jsonl experiment.dir=runs/rlvr
 
-One step: sample a group of rollouts for every prompt, reward each against the verified answer, normalise within the group, update.
+One step: sample a group of rollouts for every prompt, reward each against the verified answer, normalise within the group,
+update.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from prism_nemo.algorithms.metrics import MetricSums, mean_of
 from prism_nemo.config.schema import RLVRConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.engine.step import reduce_metrics
@@ -24,10 +26,9 @@ from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.registry import Reward, reward_function
 from prism_nemo.rollout.base import build_engine
-from prism_nemo.stages.loop import StageLoop
 from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_batch import policy_batch
-from prism_nemo.data.open import open_stream
 
 
 class RLVRTrainer:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the response tokens of demonstrations.
 
-    prism-nemo sft model.path=Qwen3-VL-4B-Instruct data.train=demonstrations.jsonl experiment.dir=runs/sft
+prism-nemo sft model.path=Qwen3-VL-4B-Instruct data.train=demonstrations.jsonl experiment.dir=runs/sft
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from prism_nemo.algorithms.metrics import MetricSums, mean_of
 from prism_nemo.config.schema import SFTConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_records, open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.models.base import TrainingBatch
@@ -22,7 +23,6 @@ from prism_nemo.models.policy import PolicyModel, PolicyOutput
 from prism_nemo.packing.groups import Group, Segment
 from prism_nemo.packing.rows import PackedRow, pack_rows
 from prism_nemo.stages.loop import StageLoop
-from prism_nemo.data.open import open_records, open_stream
 
 
 class SFTTrainer:
@@ -55,9 +55,7 @@ class SFTTrainer:
             update = self.policy.optimizer_step(step)
 
             self.loop.guard(update.applied, "the gradient", [record.id for record, _ in samples])
-            self.loop.end_step(
-                {"loss": loss, **metrics, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
-            )
+            self.loop.end_step({"loss": loss, **metrics, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate})
         self.policy.finish_training()
 
     def run_validation(self) -> dict[str, float]:
@@ -65,9 +63,13 @@ class SFTTrainer:
         if self.config.data.validation is None:
             return {}
         records = open_records(self.config.data.validation, self.config.data, required=("response",))
-        mine = records[: self.config.trainer.limit_val_samples][self.runtime.data_parallel_rank :: self.runtime.data_parallel_size]
+        mine = records[: self.config.trainer.limit_val_samples][
+            self.runtime.data_parallel_rank :: self.runtime.data_parallel_size
+        ]
         with self.policy.inference_mode():
-            loss, metrics = self.policy.get_loss_and_metrics(self.batch([self.encode(record) for record in mine]), forward_only=True)
+            loss, metrics = self.policy.get_loss_and_metrics(
+                self.batch([self.encode(record) for record in mine]), forward_only=True
+            )
         return {"loss": loss, **metrics}
 
     def batch(self, groups: Sequence[Group]) -> TrainingBatch:

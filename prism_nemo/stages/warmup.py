@@ -1,6 +1,6 @@
 """Discriminator warm-up: Bradley-Terry on teacher/student pairs, one perception and one reasoning comparison each.
 
-    prism-nemo warmup discriminator.path=Qwen3-VL-2B-Instruct data.train=pairs.jsonl experiment.dir=runs/warmup
+prism-nemo warmup discriminator.path=Qwen3-VL-2B-Instruct data.train=pairs.jsonl experiment.dir=runs/warmup
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from prism_nemo.config.schema import WarmupConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.data.segments import response_segments
 from prism_nemo.engine.runtime import Runtime, session
@@ -19,7 +20,6 @@ from prism_nemo.packing.groups import without_images
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.probe import ContentProbe
-from prism_nemo.data.open import open_stream
 
 
 class WarmupTrainer:

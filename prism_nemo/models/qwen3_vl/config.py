@@ -76,7 +76,9 @@ class Qwen3VLShape:
         text, vision = config["text_config"], config["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
-            raise ConfigError(f"rope type {rope['rope_type']!r} is not supported", where="config.json: text_config", remedy="use 'default'")
+            raise ConfigError(
+                f"rope type {rope['rope_type']!r} is not supported", where="config.json: text_config", remedy="use 'default'"
+            )
         return cls(
             num_layers=text["num_hidden_layers"],
             hidden_size=text["hidden_size"],
@@ -120,15 +122,15 @@ class Qwen3VLShape:
         tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         moe: dict[str, Any] = {}
         if self.moe is not None:
-            moe = dict(
-                num_moe_experts=self.moe.num_experts,
-                moe_router_topk=self.moe.topk,
-                moe_ffn_hidden_size=self.moe.ffn_hidden_size,
-                moe_router_dtype="fp32",
-                moe_router_load_balancing_type="none",  # ours: models/router.py
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1),
-            )
+            moe = {
+                "num_moe_experts": self.moe.num_experts,
+                "moe_router_topk": self.moe.topk,
+                "moe_ffn_hidden_size": self.moe.ffn_hidden_size,
+                "moe_router_dtype": "fp32",
+                "moe_router_load_balancing_type": "none",  # ours: models/router.py
+                "expert_model_parallel_size": ep,
+                "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1),
+            }
         return TransformerConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -171,25 +173,25 @@ class Qwen3VLShape:
 
 def _common(precision: Precision) -> dict[str, Any]:
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    return dict(
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=True,
-        perform_initialization=False,  # every weight comes from a checkpoint; loading checks that none is missing
-        use_cpu_initialization=True,
-        calculate_per_token_loss=True,  # Megatron scales nothing: engine/step.py does
-        deallocate_pipeline_outputs=False,
-        moe_token_dispatcher_type="alltoall",  # variable row lengths need it, in dense models too
-        cuda_graph_scope=[],
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision is Precision.bf16,
-    )
+    return {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": True,
+        "perform_initialization": False,  # every weight comes from a checkpoint; loading checks that none is missing
+        "use_cpu_initialization": True,
+        "calculate_per_token_loss": True,  # Megatron scales nothing: engine/step.py does
+        "deallocate_pipeline_outputs": False,
+        "moe_token_dispatcher_type": "alltoall",  # variable row lengths need it, in dense models too
+        "cuda_graph_scope": [],
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision is Precision.bf16,
+    }
 
 
 def _vision_shape(vision: Mapping[str, Any]) -> VisionShape:

@@ -30,7 +30,7 @@ from prism_nemo.models.qwen3_vl.spec import RMSNorm, language_layer_spec
 class LanguageBlock(TransformerBlock):
     """Language layers. After global layer i, deepstack feature i is added to the visual tokens."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -79,7 +79,9 @@ class Qwen3VLLanguageModel(LanguageModule):
                 scatter_to_sequence_parallel=False,  # visual tokens are put in first
                 tp_group=pg_collection.tp,
             )
-        layers = [language_layer_spec(moe=shape.moe is not None)] * get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        layers = [language_layer_spec(moe=shape.moe is not None)] * get_num_layers_to_build(
+            config, vp_stage, pg_collection.pp.rank()
+        )
         self.decoder = LanguageBlock(
             config,
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

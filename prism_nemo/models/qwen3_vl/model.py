@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -48,6 +54,7 @@ class Qwen3VLModel(MegatronModule):
             output_head=output_head,
             vp_stage=vp_stage,
         )
+        mark_cut_weights(self)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """What the previous pipeline stage sent (Megatron's schedules call this)."""
@@ -97,3 +104,18 @@ class Qwen3VLModel(MegatronModule):
         grid = torch.tensor([[1, merge, merge]], device=row.input_ids.device)
         tokens, features = self.vision_model(patches, grid)
         return torch.stack([tokens.sum(), *(feature.sum() for feature in features)]).sum() * 0.0
+
+
+def mark_cut_weights(model: torch.nn.Module) -> None:
+    """Marks the weights that are cut over tensor-parallel ranks.
+
+    Megatron marks a weight as it initialises it, which ours are not. Unmarked, it passes for a copy of the first rank's, and the
+    gradient norm leaves out every other rank's part.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(
+                    weight, is_parallel=True, dim=int(isinstance(module, RowParallelLinear)), stride=1
+                )

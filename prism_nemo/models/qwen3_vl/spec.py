@@ -61,7 +61,7 @@ class PackedSelfAttention(SelfAttention):
     `packed_seq_params` carries the `RowContext`, `rotary_pos_emb` the (cos, sin) of every token's own position.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
@@ -74,10 +74,12 @@ class PackedSelfAttention(SelfAttention):
         cos, sin = rotary_pos_emb
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         scale = self.hidden_size_per_attention_head**-0.5
-        if packed_seq_params.cache is None:
-            out = packed_seq_params.attention(query, key, value, scale)
+        context = packed_seq_params
+        if context.cache is not None:
+            out = context.cache.attend(self.layer_number, query, key, value, scale, context.attention)
         else:
-            out = packed_seq_params.cache.attend(self.layer_number, query, key, value, scale, packed_seq_params.attention)
+            assert context.attention is not None, "a row without a cache needs its attention pattern"
+            out = context.attention(query, key, value, scale)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
 
@@ -96,7 +98,7 @@ def _attention(mask_type: AttnMaskType, qk_norm: type | None) -> ModuleSpec:
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=_NoCoreAttention,  # type: ignore[arg-type]
+            core_attention=_NoCoreAttention,
             linear_proj=RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

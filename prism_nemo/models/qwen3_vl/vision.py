@@ -42,7 +42,7 @@ class PatchMerger(MegatronModule):
         self.width = shape.hidden_size * shape.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
         self.patch_norm = LayerNorm(config, self.width if norm_after_merge else shape.hidden_size, config.layernorm_epsilon)
-        linear = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False, tp_group=tp_group)
+        linear = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": False, "tp_group": tp_group}
         self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **linear)
         self.linear_fc2 = RowParallelLinear(self.width, shape.out_hidden_size, input_is_parallel=True, **linear)
 
@@ -61,27 +61,29 @@ class VisionBlock(TransformerBlock):
 
     def __init__(self, shape: VisionShape, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         layers: list[ModuleSpec] = [vision_layer_spec()] * shape.depth
-        super().__init__(config, TransformerBlockSubmodules(layer_specs=layers), post_layer_norm=False, pg_collection=pg_collection)
+        super().__init__(
+            config, TransformerBlockSubmodules(layer_specs=layers), post_layer_norm=False, pg_collection=pg_collection
+        )
         self.deepstack_layers = shape.deepstack_layers
         self.deepstack_merger_list = torch.nn.ModuleList(
             [PatchMerger(shape, config, pg_collection.tp, norm_after_merge=True) for _ in shape.deepstack_layers]
         )
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: RowContext
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: RowContext) -> tuple[Tensor, list[Tensor]]:
         """[P, 1, hidden] -> the last layer's output and one [P / 4, language hidden] feature per tapped layer."""
         features = []
         for index, layer in enumerate(self.layers):
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)
             if index in self.deepstack_layers:
-                features.append(self.deepstack_merger_list[self.deepstack_layers.index(index)](hidden.squeeze(1)))
+                merger = self.deepstack_merger_list[self.deepstack_layers.index(index)]
+                features.append(merger(hidden.squeeze(1)))
         return hidden, features
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """Megatron's block takes children other than its layers for replicated ones; the mergers are cut over ranks."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for index, merger in enumerate(self.deepstack_merger_list):
+            assert isinstance(merger, PatchMerger)
             state.update(merger.sharded_state_dict(f"{prefix}deepstack_merger_list.{index}.", sharded_offsets, metadata))
         return state
 
