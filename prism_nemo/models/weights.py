@@ -57,7 +57,7 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str
 def export_hf_tensors(
     model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HuggingFace name, full tensor) of every parameter, gathered over tensor-parallel ranks. A collective: every rank iterates."""
+    """(HuggingFace name, full tensor) of every parameter, gathered over tensor-parallel ranks; every rank must iterate."""
     parameters = canonical_parameters(model, config)
     shardings: dict[str, Sharding] = {
         name: mapping.sharding for mapping in mappings(config, score_head=score_head) for name in mapping.megatron_names
