@@ -54,7 +54,7 @@ class Qwen3VLModel(MegatronModule):
             output_head=output_head,
             vp_stage=vp_stage,
         )
-        mark_cut_weights(self)
+        _mark_cut_weights(self)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """What the previous pipeline stage sent (Megatron's schedules call this)."""
@@ -106,16 +106,13 @@ class Qwen3VLModel(MegatronModule):
         return torch.stack([tokens.sum(), *(feature.sum() for feature in features)]).sum() * 0.0
 
 
-def mark_cut_weights(model: torch.nn.Module) -> None:
+def _mark_cut_weights(model: torch.nn.Module) -> None:
     """Marks the weights that are cut over tensor-parallel ranks.
 
     Megatron marks a weight as it initialises it, which ours are not. Unmarked, it passes for a copy of the first rank's, and the
     gradient norm leaves out every other rank's part.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-            weight = module.weight
-            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(
-                    weight, is_parallel=True, dim=int(isinstance(module, RowParallelLinear)), stride=1
-                )
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            cut = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=cut, stride=1)
