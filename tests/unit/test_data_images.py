@@ -152,9 +152,10 @@ def test_damaged_bytes() -> None:
             decode(damaged)
 
 
-def test_formats_that_start_other_programs_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA"])
+def test_other_formats_are_refused_even_where_pillow_reads_them(kind: str) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
-        decode(encode(Image.new("RGB", (4, 4)), "EPS"))
+        decode(encode(Image.new("RGB", (4, 4)), kind))
 
 
 def png_claiming(width: int, height: int) -> bytes:
