@@ -158,8 +158,8 @@ class DecodeCache:
         torch.bmm(spread, prompt[0].flatten(0, 1).float().transpose(1, 2), out=scores[:, :, :longest])
         if self._behind is not None:
             scores.view(slots.prompts, -1, longest + count)[:, :, :longest].masked_fill_(self._behind, float("-inf"))
-        own_scores = scores.view(batch * slots.rollouts, -1, longest + count)[:, :, longest:]
-        torch.bmm(spread.view(apart), own[0].float().transpose(1, 2), out=own_scores)
+        own_scores = torch.bmm(spread.view(apart), own[0].float().transpose(1, 2))  # many and small: slow with a strided `out`
+        scores.view(batch * slots.rollouts, -1, longest + count)[:, :, longest:] = own_scores
         weights = scores.softmax(dim=-1)
 
         out = torch.bmm(weights[:, :, :longest], prompt[1].flatten(0, 1).float()).view(apart)
