@@ -167,7 +167,7 @@ class Experiment:
 
     def record_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lists unusable records in bad_samples.jsonl. A row that is listed already, as after a resume, is not listed twice."""
-        if not self.is_main:
+        if not self.is_main or not rows:
             return
         path = self.directory / BAD_SAMPLES
         listed = {to_json_line(row) for row in read_json_lines(path)} if path.exists() else set()

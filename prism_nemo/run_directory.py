@@ -47,7 +47,6 @@ PACKAGES = (
     "transformers",
     "numpy",
     "safetensors",
-    "hydra-core",
     "transformer-engine",
     "vllm",
 )

@@ -65,6 +65,14 @@ class Runtime:
         dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=False))
         return gathered
 
+    def gather_objects_over_all(self, value: Any) -> list[Any]:
+        """One value per rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def broadcast_from_last_stage(self, value: Any) -> Any:
         """The last pipeline stage's value on every stage."""
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:

@@ -6,6 +6,7 @@ A segment's tokens come from one function (`packing.segments`), whoever wrote it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,11 +103,15 @@ class DiscriminatorModel(TrainableModel):
         self.statistics = RouterStatistics()
 
     def router_metrics(self) -> dict[str, float]:
-        """Of the batch so far, over all ranks: the balancing loss and every expert's share of the choices, per kind of token."""
+        """Of the batch so far, over all ranks: the balancing loss and every expert's share of the choices, per kind of token.
+
+        Every (token, layer) is counted on one rank: where there are experts, tensor-parallel ranks hold slices of the row.
+        """
         if self.module.shape.moe is None:
             return {}
         metrics: dict[str, float] = {}
-        gathered = self.runtime.gather_objects(self.statistics)
+        load_on_cpu = {kind: load.cpu() for kind, load in self.statistics.load.items()}
+        gathered = self.runtime.gather_objects_over_all(replace(self.statistics, load=load_on_cpu))
         tokens = sum(item.tokens for item in gathered)
         if tokens:
             metrics["router/balance_loss"] = sum(item.balance for item in gathered) / tokens

@@ -13,12 +13,14 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from prism_nemo.config.compose import dump_config
 from prism_nemo.config.schema import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import PrismError
@@ -35,6 +37,9 @@ class Trainer(Protocol):
 
     @property
     def models(self) -> Mapping[str, Checkpointed]: ...
+
+    @property
+    def stream(self) -> RecordStream[Any]: ...
 
     def run_validation(self) -> dict[str, float]: ...
 
@@ -65,6 +70,7 @@ class StageLoop:
         runtime.barrier()
         self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
         self._bad_steps = 0
+        self._bad_listed = 0
         self._stop_signal: int | None = None
         self._times: dict[str, float] = {}
 
@@ -106,6 +112,7 @@ class StageLoop:
             self._metrics["time/step_seconds"] = time.perf_counter() - began
             self.experiment.log_metrics(done, self._metrics | self._times)
             self.experiment.log_samples(done, self._samples)
+            self._list_bad_samples(trainer)
             self._show(bar)
             last = done == settings.max_steps
             stop = self._anyone_was_told_to_stop()
@@ -148,6 +155,13 @@ class StageLoop:
                 where=str(self.directory / "bad_samples.jsonl"),
                 remedy="look at those samples; lower the learning rate, or use precision fp32",
             )
+
+    def _list_bad_samples(self, trainer: Trainer) -> None:
+        """Writes down the unusable records that came up on any rank since the last step."""
+        new = trainer.stream.bad[self._bad_listed :]
+        self._bad_listed = len(trainer.stream.bad)
+        for rank_bad in self.runtime.gather_objects([asdict(bad) for bad in new]):
+            self.experiment.record_bad_samples(rank_bad)
 
     def validate(self, trainer: Trainer, done: int) -> None:
         metrics = trainer.run_validation()
