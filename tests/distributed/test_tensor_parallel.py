@@ -5,6 +5,7 @@ One launch runs every model on every row; the tests compare what it brought back
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,23 @@ from helpers.rows import assert_gradients_close, build_model, gradients, one_ran
 from helpers.tiny import NUM_EXPERTS, PATCH_WIDTH, make_group, tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import Device, OptimizerConfig, ParallelConfig, RuntimeConfig
+from prism_nemo.algorithms.metrics import MetricSums
+from prism_nemo.config.schema import (
+    Device,
+    DiscriminatorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    Routing,
+    RuntimeConfig,
+)
 from prism_nemo.convert.hf import load_model_config
+from prism_nemo.convert.qwen3_vl import HF_SCORE_HEAD
 from prism_nemo.engine.logprobs import label_log_probs
 from prism_nemo.engine.optimizer import ModelOptimizer, wrap_data_parallel
-from prism_nemo.engine.runtime import session
+from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.models.base import TrainingBatch
+from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.weights import export_hf_tensors
 from prism_nemo.packing.groups import SegmentKind
@@ -106,6 +119,39 @@ def run_case(directory: Path, parallel: ParallelConfig, case: Case) -> dict[str,
     return {"weights": weights, "rows": rows, "sequence_parallel": model.config.sequence_parallel}
 
 
+DISCRIMINATORS = {
+    routing: DiscriminatorConfig(
+        precision=Precision.fp32,
+        routing=routing,
+        expert_noise_std=0.05,
+        router_init_std=0.3,
+        head_init_std=0.5,
+        moe_aux_loss_coeff=0.2,
+    )
+    for routing in Routing
+}
+
+
+def run_discriminator(config: DiscriminatorConfig, directory: Path, parallel: ParallelConfig, runtime: Runtime) -> dict[str, Any]:
+    """One training step of a discriminator upcycled from a dense model, on all rows at once."""
+    discriminator = DiscriminatorModel(replace(config, path=str(directory)), parallel, runtime, seed=5)
+    discriminator.build_optimizer(OptimizerConfig(lr=1e-3), max_steps=1)
+    rows = list(ROWS.values())
+    discriminator.start_batch(rows)
+    scores = discriminator.infer_rm_critic(rows)
+
+    def loss(row: PackedRow, found: Tensor) -> tuple[Tensor, MetricSums]:
+        return (found * torch.linspace(-1, 2, found.numel())).sum(), {"score": (float(found.detach().sum()), found.numel())}
+
+    discriminator.start_batch(rows)
+    discriminator.prepare_for_training_step()
+    total, metrics = discriminator.get_loss_and_metrics(TrainingBatch(rows, loss), forward_only=False)
+    discriminator.finish_training_step()
+    found = {"gradients": gradients(discriminator.module, discriminator.hf_config, score_head=True)}
+    norm = discriminator.optimizer_step(0).grad_norm
+    return found | {"scores": scores, "loss": total, "norm": norm, "metrics": metrics | discriminator.router_metrics()}
+
+
 LABELS = torch.randint(0, 64, (33,), generator=torch.Generator().manual_seed(10))
 BANNED = (3, 40, 63)
 
@@ -133,11 +179,14 @@ LOG_PROBS = [{"temperature": 1.0, "banned": ()}, {"temperature": 0.7, "banned": 
 
 def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
     """Everything that the tests below compare, from one rank's point of view."""
-    with session(ParallelConfig(tensor_model_parallel_size=TP), RuntimeConfig(device=Device.cpu)):
+    parallel = ParallelConfig(tensor_model_parallel_size=TP)
+    with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
         found: dict[str, Any] = {"log_probs": [run_log_probs(**options) for options in LOG_PROBS]}
+        for routing, config in DISCRIMINATORS.items():
+            found[routing] = run_discriminator(config, directories["dense"], parallel, runtime)
         for name, case in CASES.items():
-            parallel = ParallelConfig(tensor_model_parallel_size=TP, sequence_parallel=case.sequence_parallel)
-            found[name] = run_case(directories[name], parallel, case)
+            cut = ParallelConfig(tensor_model_parallel_size=TP, sequence_parallel=case.sequence_parallel)
+            found[name] = run_case(directories[name], cut, case)
     return found
 
 
@@ -218,3 +267,26 @@ def test_log_probs_over_a_cut_vocabulary(two_ranks: list[dict[str, Any]], number
     for rank in two_ranks:
         for found, want in zip(rank["log_probs"][number], expected, strict=True):
             torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("routing", DISCRIMINATORS)
+def test_discriminator_step_equals_one_ranks(two_ranks: list[dict[str, Any]], routing: Routing) -> None:
+    runtime = one_rank()
+    expected = run_discriminator(DISCRIMINATORS[routing], tiny_model().directory, ParallelConfig(), runtime)
+    assert expected["norm"] > 1
+    assert float(expected["gradients"][HF_SCORE_HEAD].norm()) > 1
+    for rank in two_ranks:
+        found = rank[routing]
+        torch.testing.assert_close(found["scores"], expected["scores"], atol=1e-5, rtol=1e-5)
+        assert_gradients_close(found["gradients"], expected["gradients"], 1e-5)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    names = set(expected["metrics"])
+    assert names >= {
+        "score",
+        "router/balance_loss",
+        "expert_load/prompt/0",
+        "expert_load/perception/0",
+        "expert_load/reasoning/3",
+    }

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import prism_nemo.engine  # noqa: F401  before megatron
+import prism_nemo.engine  # noqa: F401  isort: skip  before megatron
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
 from prism_nemo.config.schema import Device, ParallelConfig, Precision, RuntimeConfig
 from prism_nemo.convert.hf import load_model_config
 from prism_nemo.engine.attention import RowAttention
@@ -62,6 +64,7 @@ def routing_of(
 
 def run_row(model: Qwen3VLModel, row: PackedRow, routing: RoutingContext | None = None) -> RowOutput:
     """Forward over one row, to its labels' log-probabilities."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedules do before every backward
     tp = model.pg_collection.tp
     hidden = model.hidden_states(row, RowContext(attention=RowAttention(row.layout, CPU), routing=routing))
     sources = gather_rows(hidden, row.label_source, model.config, tp)
@@ -72,7 +75,7 @@ def run_row(model: Qwen3VLModel, row: PackedRow, routing: RoutingContext | None 
     return RowOutput(everything, log_probs, entropy)
 
 
-def gradients(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def gradients(model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False) -> dict[str, Tensor]:
     """Every parameter's gradient by HuggingFace name in the Hub's layout, gathered over tensor-parallel ranks.
 
     Export only copies, cuts and transposes, so it does to gradients what it does to weights. Where Megatron's DDP accumulates
@@ -83,7 +86,7 @@ def gradients(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, Te
         for parameter, weight in weights.items():
             grad = getattr(parameter, "main_grad", parameter.grad)
             parameter.data = torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)
-        return {name: tensor.clone() for name, tensor in export_hf_tensors(model, config)}
+        return {name: tensor.clone() for name, tensor in export_hf_tensors(model, config, score_head=score_head)}
     finally:
         for parameter, weight in weights.items():
             parameter.data = weight

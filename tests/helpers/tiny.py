@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from prism_nemo.convert.hf import load_model_config
@@ -66,6 +65,8 @@ class TinyModel:
 @cache
 def tiny_model(*, experts: bool = False, tied: bool = False) -> TinyModel:
     """The same weights in every process. All parameters are random, norms and biases too: none may be left out unseen."""
+    import transformers  # seconds, which ranks that only make prompts spare themselves
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if experts:

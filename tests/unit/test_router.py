@@ -33,7 +33,7 @@ GROUPS = [
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> None:
     one_rank()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))  # a process-wide setting of Megatron's, set by its schedules
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # a process-wide setting that Megatron's schedules make
 
 
 @pytest.fixture(scope="module")
