@@ -1,6 +1,7 @@
-"""Two tensor-parallel ranks against one, in fp32: values, and gradients of every parameter as Megatron's DDP finishes them.
+"""Two ranks against one, in fp32: values, and gradients of every parameter as Megatron's DDP finishes them.
 
-One launch runs every model on every row; the tests compare what it brought back.
+One launch runs every model on every row under tensor parallelism, and a training step with its rows spread over two
+data-parallel ranks; the tests compare what it brought back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from prism_nemo.convert.hf import load_model_config
 from prism_nemo.convert.qwen3_vl import HF_SCORE_HEAD
 from prism_nemo.engine.logprobs import label_log_probs
 from prism_nemo.engine.optimizer import ModelOptimizer, wrap_data_parallel
-from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.engine.runtime import Runtime, initialize, session
 from prism_nemo.models.base import TrainingBatch
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
@@ -132,11 +133,12 @@ DISCRIMINATORS = {
 }
 
 
-def run_discriminator(config: DiscriminatorConfig, directory: Path, parallel: ParallelConfig, runtime: Runtime) -> dict[str, Any]:
-    """One training step of a discriminator upcycled from a dense model, on all rows at once."""
+def run_discriminator(
+    config: DiscriminatorConfig, directory: Path, parallel: ParallelConfig, runtime: Runtime, rows: list[PackedRow]
+) -> dict[str, Any]:
+    """One training step of a discriminator upcycled from a dense model; `rows` are this data-parallel rank's."""
     discriminator = DiscriminatorModel(replace(config, path=str(directory)), parallel, runtime, seed=5)
     discriminator.build_optimizer(OptimizerConfig(lr=1e-3), max_steps=1)
-    rows = list(ROWS.values())
     discriminator.start_batch(rows)
     scores = discriminator.infer_rm_critic(rows)
 
@@ -174,6 +176,7 @@ def run_log_probs(*, temperature: float, banned: tuple[int, ...]) -> tuple[Tenso
     return log_probs.detach(), entropy, hidden.grad, torch.cat(parts)
 
 
+FIRST_RANKS_ROWS = ("text",)  # the second rank has five times as many, so that the first runs empty ones
 LOG_PROBS = [{"temperature": 1.0, "banned": ()}, {"temperature": 0.7, "banned": BANNED}]
 
 
@@ -183,10 +186,14 @@ def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
     with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
         found: dict[str, Any] = {"log_probs": [run_log_probs(**options) for options in LOG_PROBS]}
         for routing, config in DISCRIMINATORS.items():
-            found[routing] = run_discriminator(config, directories["dense"], parallel, runtime)
+            found[routing] = run_discriminator(config, directories["dense"], parallel, runtime, list(ROWS.values()))
         for name, case in CASES.items():
             cut = ParallelConfig(tensor_model_parallel_size=TP, sequence_parallel=case.sequence_parallel)
             found[name] = run_case(directories[name], cut, case)
+        runtime = initialize(ParallelConfig(), RuntimeConfig(device=Device.cpu))
+        mine = [row for name, row in ROWS.items() if (name in FIRST_RANKS_ROWS) == (runtime.data_parallel_rank == 0)]
+        config = DISCRIMINATORS[Routing.learned]
+        found["data_parallel"] = run_discriminator(config, directories["dense"], ParallelConfig(), runtime, mine)
     return found
 
 
@@ -269,24 +276,32 @@ def test_log_probs_over_a_cut_vocabulary(two_ranks: list[dict[str, Any]], number
             torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("routing", DISCRIMINATORS)
-def test_discriminator_step_equals_one_ranks(two_ranks: list[dict[str, Any]], routing: Routing) -> None:
-    runtime = one_rank()
-    expected = run_discriminator(DISCRIMINATORS[routing], tiny_model().directory, ParallelConfig(), runtime)
+def assert_same_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert expected["norm"] > 1
     assert float(expected["gradients"][HF_SCORE_HEAD].norm()) > 1
+    assert_gradients_close(found["gradients"], expected["gradients"], 1e-5)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    assert expected["metrics"].keys() >= {"score", "router/balance_loss", "expert_load/prompt/0", "expert_load/reasoning/3"}
+
+
+@pytest.mark.parametrize("routing", DISCRIMINATORS)
+def test_discriminator_step_equals_one_ranks(two_ranks: list[dict[str, Any]], routing: Routing) -> None:
+    config, rows = DISCRIMINATORS[routing], list(ROWS.values())
+    expected = run_discriminator(config, tiny_model().directory, ParallelConfig(), one_rank(), rows)
     for rank in two_ranks:
-        found = rank[routing]
-        torch.testing.assert_close(found["scores"], expected["scores"], atol=1e-5, rtol=1e-5)
-        assert_gradients_close(found["gradients"], expected["gradients"], 1e-5)
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
-        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
-    names = set(expected["metrics"])
-    assert names >= {
-        "score",
-        "router/balance_loss",
-        "expert_load/prompt/0",
-        "expert_load/perception/0",
-        "expert_load/reasoning/3",
-    }
+        torch.testing.assert_close(rank[routing]["scores"], expected["scores"], atol=1e-5, rtol=1e-5)
+        assert_same_step(rank[routing], expected)
+
+
+def test_step_does_not_depend_on_which_rank_has_which_rows(two_ranks: list[dict[str, Any]]) -> None:
+    """One data-parallel rank with a row of text alone, the other with all the images."""
+    config, rows = DISCRIMINATORS[Routing.learned], list(ROWS.values())
+    expected = run_discriminator(config, tiny_model().directory, ParallelConfig(), one_rank(), rows)
+    scores = iter([*two_ranks[1]["data_parallel"]["scores"]])
+    text = two_ranks[0]["data_parallel"]["scores"]
+    in_order = [text[0] if name in FIRST_RANKS_ROWS else next(scores) for name in ROWS]
+    torch.testing.assert_close(in_order, expected["scores"], atol=1e-5, rtol=1e-5)
+    for rank in two_ranks:
+        assert_same_step(rank["data_parallel"], expected)
