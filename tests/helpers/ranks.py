@@ -39,7 +39,7 @@ class RankError(AssertionError):
     """A rank failed, or did not finish in time; the message holds the end of every rank's output."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 180.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300.0) -> list[Any]:
     """`function(*arguments)` on every rank; what each returned, in rank order. The ranks see torchrun's environment variables.
 
     Raises RankError. A function that hangs in a collective because another rank failed is stopped as soon as that one is gone.
@@ -77,6 +77,7 @@ def _start(work: Path, rank: int, world_size: int, port: int) -> subprocess.Pope
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # gloo, and Megatron as it runs without CUDA, wherever the tests run
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONWARNINGS": "ignore",  # Megatron's deprecations would push the traceback out of sight
     }

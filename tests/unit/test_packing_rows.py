@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.rows import assert_gradients_close, build_model, gradients, one_rank, routing_of, run_row, sequences
-from helpers.tiny import PATCH_WIDTH, TinyModel, make_group, tiny_model
+from helpers.tiny import MERGE, PATCH_WIDTH, TinyModel, make_group, tiny_model
 from torch import Tensor
 
-from prism_nemo.errors import ConfigError
+from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.models.context import PADDING, PROMPT, token_kinds
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.groups import Group, Segment, SegmentKind, text_prompt
+from prism_nemo.packing.positions import mrope_positions
 from prism_nemo.packing.rows import GroupLayout, PackedRow, make_row, pack_rows, split_to_budget
 
 UNEVEN = [3, 11, 1, 6, 2, 9, 4, 4, 17, 1, 5, 8, 2, 12, 7, 3]
@@ -146,6 +147,21 @@ def test_segments_go_on_after_the_widest_axis_of_an_image() -> None:
     row = make_row([make_group([(2, 6)], (2, 1), seed=31, text_length=1)])
     assert row.position_ids[:, 2:5].tolist() == [[2, 2, 2], [2, 2, 2], [2, 3, 4]]
     assert row.position_ids[0, 5:].tolist() == [5, 6, 7, 8, 9, 8]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("t i i t", "its images need more"),
+        ("t i i t i i t", "not contiguous"),
+        ("t i i i i t i", "has 5 image tokens, its images fill 4"),
+    ],
+)
+def test_image_tokens_must_match_the_grids(tokens: str, message: str) -> None:
+    """One image of 4 x 4 patches: 4 merged tokens."""
+    mask = torch.tensor([token == "i" for token in tokens.split()])
+    with pytest.raises(DataError, match=message):
+        mrope_positions(mask.long(), mask, torch.tensor([[1, 4, 4]]), spatial_merge_size=MERGE)
 
 
 def test_a_row_for_an_idle_rank() -> None:
