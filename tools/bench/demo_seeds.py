@@ -2,8 +2,8 @@
 
     python tools/bench/demo_seeds.py --seeds 0 1 2 --dir runs/demo_seeds [--write docs/demo_seeds.json]
 
-Runs `prism-nemo pipeline demo=digits seed=S` once a seed, each in its own process, and prints one JSON object: every arm's figures
-per seed and their mean, wall time and peak memory of each run. Finished seeds are not run again.
+Runs `prism-nemo pipeline demo=digits seed=S` once a seed, each in its own process, and prints one JSON object: every arm's
+figures per seed and their mean, wall time and peak memory of each run. Finished seeds are not run again.
 """
 
 from __future__ import annotations

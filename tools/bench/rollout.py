@@ -68,7 +68,9 @@ def best_seconds(function: Callable[[], int], repeats: int) -> tuple[float, int]
     return min(timed)
 
 
-def bench_engine(engine: MegatronEngine, prompts: list[EncodedPrompt], load: Load, end_token: int, repeats: int) -> dict[str, Any]:
+def bench_engine(
+    engine: MegatronEngine, prompts: list[EncodedPrompt], load: Load, end_token: int, repeats: int
+) -> dict[str, Any]:
     sampling = SamplingParams(1.0, 1.0, 0, load.new_tokens, end_token, ())
     seeds = [rollout_seed(0, 0, str(prompt), index) for prompt in range(load.prompts) for index in range(load.rollouts)]
 
@@ -80,7 +82,9 @@ def bench_engine(engine: MegatronEngine, prompts: list[EncodedPrompt], load: Loa
     return {"seconds": round(seconds, 3), "tokens": tokens, "tokens_per_second": round(tokens / seconds)}
 
 
-def bench_transformers(directory: Path, precision: Precision, prompts: list[EncodedPrompt], load: Load, repeats: int) -> dict[str, Any]:
+def bench_transformers(
+    directory: Path, precision: Precision, prompts: list[EncodedPrompt], load: Load, repeats: int
+) -> dict[str, Any]:
     from transformers import Qwen3VLForConditionalGeneration
 
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
