@@ -48,9 +48,8 @@ class Sampler:
             token = logits.argmax(dim=-1)
         else:
             cumulative = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
-            total = cumulative[:, -1]
-            target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach total
-            token = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+            target = uniform.unsqueeze(1) * cumulative[:, -1:]  # 53 bits below 1: the product cannot round up to the sum
+            token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
             token = token.clamp(max=logits.shape[1] - 1)  # NaN only
         return token, log_probs.gather(1, token.unsqueeze(1)).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""The Megatron rollout engine on two ranks against one, in fp32: tensor parallelism, and experts spread over data-parallel ranks."""
+"""The Megatron rollout engine on two ranks against one, in fp32: tensor parallelism, and experts spread over data parallelism."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
 from helpers.rows import CPU, build_model, one_rank
-from helpers.tiny import IMAGE_TOKEN, NUM_EXPERTS, make_prompt, tiny_model
+from helpers.tiny import NUM_EXPERTS, make_prompt, tiny_model
 
 from prism_nemo.config.schema import Device, ParallelConfig, Precision, RuntimeConfig
 from prism_nemo.engine.runtime import initialize, session
@@ -28,11 +28,11 @@ CASES: dict[str, tuple[dict[str, bool], bool]] = {
     "dense_sequence_parallel": ({}, True),
     "moe": ({"experts": True}, False),  # sequence parallelism comes with the experts
 }
+BANNED = (*range(10, 64), *range(74, 128))  # tokens 0 to 63 are the first rank's part; few are left, so the end comes soon
 SAMPLINGS = {
     "greedy": SamplingParams(0.0, 1.0, 0, 10, -1, ()),
-    "sampled": SamplingParams(1.2, 0.95, 60, 20, 5, (IMAGE_TOKEN, 0)),  # tokens 0 to 63 are the first rank's part
+    "sampled": SamplingParams(1.2, 0.98, 19, 20, 5, BANNED),
 }
-END = {"sampled": True, "greedy": False}
 Outcome = list[tuple[list[int], list[float], str]]
 
 
@@ -40,7 +40,9 @@ def outcome(rollouts: list[Rollout]) -> Outcome:
     return [(rollout.tokens.tolist(), rollout.log_probs.tolist(), rollout.finish_reason) for rollout in rollouts]
 
 
-def generate(model: Qwen3VLModel, sampling: SamplingParams, prompts: tuple[EncodedPrompt, ...] = PROMPTS, first: int = 0) -> Outcome:
+def generate(
+    model: Qwen3VLModel, sampling: SamplingParams, prompts: tuple[EncodedPrompt, ...] = PROMPTS, first: int = 0
+) -> Outcome:
     engine = MegatronEngine(model, device=CPU, max_batch_size=64)
     seeds = range(first * ROLLOUTS, (first + len(prompts)) * ROLLOUTS)
     return outcome(engine.generate(prompts, sampling, num_rollouts_per_prompt=ROLLOUTS, seeds=seeds))
@@ -103,7 +105,7 @@ def test_tensor_parallel_ranks_sample_what_one_rank_samples(two_ranks: list[dict
     assert_same(two_ranks[0][name][kind], expected)
     if kind == "sampled":
         assert {token < 64 for tokens, _, _ in expected for token in tokens} == {True, False}
-        assert len({len(tokens) for tokens, _, _ in expected}) > 2  # the batch shrank on the way
+        assert len({len(tokens) for tokens, _, _ in expected}) > 3  # the batch shrank on the way
 
 
 @pytest.mark.parametrize("kind", SAMPLINGS)

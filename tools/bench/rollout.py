@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tools/bench/rollout.py [--precision bf16] [--shape demo|long] [--repeats 3] [--without-transformers]
 
-The model is the digits task's, with random weights. `demo`: 16 prompts of about 50 tokens, an image each, 8 rollouts of 24 tokens.
+The model is the digits task's, with random weights. `demo`: 16 prompts of 50 tokens, an image each, 8 rollouts of 24 tokens.
 `long`: 16 prompts of 1000 tokens, 8 rollouts of 64. Rates are generated tokens a second, prefill included; the best of the
 repeats. `ragged` lets sequences end (about one token in 64 is the end token), so the batch shrinks as it goes.
 """
