@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from prism_nemo.errors import PrismError
 from prism_nemo.progress import StepProgress
 from prism_nemo.run_directory import (
@@ -38,6 +40,8 @@ from prism_nemo.run_directory import (
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    from prism_nemo.integrations.nemo import NemoLogger
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -70,6 +74,7 @@ class Experiment:
         overwrite: bool,
         is_main: bool,
         tensorboard: bool,
+        nemo_exp_manager: Mapping[str, Any] | None,
         progress: bool,
     ) -> None:
         self.directory = directory
@@ -78,6 +83,7 @@ class Experiment:
         self._progress = progress and is_main
         self._use_tensorboard = tensorboard
         self._tensorboard: EventFileWriter | None = None
+        self._nemo: NemoLogger | None = None
         self._state = "running"
         self._error: str | None = None
         self._step = 0
@@ -86,11 +92,11 @@ class Experiment:
         self._earlier_seconds = 0.0
         self._began = time.monotonic()
         if is_main:
-            self._open(config_yaml, resume=resume, overwrite=overwrite)
+            self._open(config_yaml, nemo_exp_manager, resume=resume, overwrite=overwrite)
 
     # Opening
 
-    def _open(self, config_yaml: str, *, resume: bool, overwrite: bool) -> None:
+    def _open(self, config_yaml: str, nemo_exp_manager: Mapping[str, Any] | None, *, resume: bool, overwrite: bool) -> None:
         _refuse_foreign_files(self.directory)
         self._lock = RunLock(self.directory)
         try:
@@ -99,6 +105,11 @@ class Experiment:
                     self._move_aside()
                 else:
                     self._continue_run(config_yaml, resume=resume)
+            if nemo_exp_manager is not None:
+                from prism_nemo.integrations.nemo import NemoLogger
+
+                parameters = yaml.safe_load(config_yaml)
+                self._nemo = NemoLogger(nemo_exp_manager, self.directory, stage=self.stage, hyperparameters=parameters)
         except BaseException:
             self._lock.release()
             raise
@@ -157,6 +168,8 @@ class Experiment:
         )
         if self._use_tensorboard:
             self._write_scalars(step, {f"{prefix}/{name}": value for name, value in values.items()})
+        if self._nemo is not None:
+            self._nemo.log_metrics(step, values, prefix=prefix)
         if time.monotonic() - self._status_written >= STATUS_INTERVAL_SECONDS:
             self._write_status()
 
@@ -231,6 +244,8 @@ class Experiment:
             self._tensorboard.close()
         self._write_status()
         self._lock.release()
+        if self._nemo is not None:  # last: it may wait for a server
+            self._nemo.close(state)
 
     # Files
 

@@ -86,6 +86,8 @@ def type_text(annotation: Any) -> str:
     base, optional = unwrap_optional(annotation)
     if get_origin(base) is list:
         text = f"list of {type_text(get_args(base)[0])}"
+    elif get_origin(base) is dict:
+        text = "mapping"
     elif is_dataclass(base):
         text = "{" + ", ".join(field.name for field in fields(base)) + "}"
     elif base is bool:
@@ -118,6 +120,8 @@ def accepts(annotation: Any, value: Any) -> bool:
         return True
     if get_origin(base) is list:
         return isinstance(value, list) and all(accepts(get_args(base)[0], element) for element in value)
+    if get_origin(base) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if is_dataclass(base):
         hints = get_type_hints(base)
         return isinstance(value, dict) and all(name in hints and accepts(hints[name], entry) for name, entry in value.items())

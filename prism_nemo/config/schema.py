@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -230,6 +231,7 @@ class ExperimentConfig:
     resume: bool = True  # continue from the latest checkpoint in the directory when there is one
     overwrite: bool = False  # start anew in a directory that already holds a run
     tensorboard: bool = True  # event files beside metrics.jsonl
+    nemo_exp_manager: dict[str, Any] | None = None  # exp_manager settings, by NeMo's names: metrics go to its loggers as well (W&B, …)
     progress: bool = True  # show progress bars
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
+from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import CP, EP, PP, ModelSizes, check_model, check_parallel, data_parallel_size, read_model_sizes
 from prism_nemo.config.ranges import check_ranges
 from prism_nemo.config.schema import (
@@ -32,6 +35,25 @@ from prism_nemo.config.schema import (
 from prism_nemo.errors import ConfigError, LayoutError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+EXP_MANAGER = "experiment.nemo_exp_manager"
+EXP_MANAGER_KEYS = (
+    "explicit_log_dir",
+    "exp_dir",
+    "name",
+    "version",
+    "use_datetime_version",
+    "create_tensorboard_logger",
+    "summary_writer_kwargs",
+    "create_wandb_logger",
+    "wandb_logger_kwargs",
+    "create_mlflow_logger",
+    "mlflow_logger_kwargs",
+    "create_dllogger_logger",
+    "dllogger_logger_kwargs",
+    "create_clearml_logger",
+    "clearml_logger_kwargs",
+    "files_to_copy",
+)
 OUTPUT_MADE_BY = {
     "policy": (StageKind.sft, StageKind.align, StageKind.rlvr),
     "discriminator": (StageKind.warmup, StageKind.align),
@@ -59,6 +81,8 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
     check_ranges(config)
     check_parallel(config.parallel, world_size)
     _check_pixels(config.data)
+    if config.experiment.nemo_exp_manager is not None:
+        check_exp_manager(config.experiment.nemo_exp_manager)
     if isinstance(config, AlignConfig):
         _check_optimizer(config.discriminator_optimizer, config.trainer, "discriminator_optimizer")
         _check_probe_gate(config)
@@ -171,6 +195,12 @@ def _check_discriminator(discriminator: DiscriminatorConfig) -> None:
             remedy=f"use an even number of at least {2 * topk}, a smaller discriminator.moe_router_topk, "
             "or discriminator.routing=learned",
         )
+    if experts > 1 and topk == 1:
+        raise ConfigError(
+            "with one expert a token, the chosen expert's weight is always 1 and the router learns nothing from the scores",
+            where="discriminator.moe_router_topk",
+            remedy="use at least 2, or discriminator.num_experts=1 for a dense discriminator",
+        )
 
 
 def _check_group(rollout: RolloutConfig) -> None:
@@ -207,6 +237,21 @@ def _check_rollout_engine(rollout: RolloutConfig) -> None:
             where="rollout.engine",
             remedy="install the `gpu` extra (pip install 'prism-nemo[gpu]'), or use rollout=megatron",
         )
+
+
+def check_exp_manager(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for settings of NeMo's exp_manager that have no meaning here, and when nemo-toolkit is not installed."""
+    unknown = [name for name in settings if name not in EXP_MANAGER_KEYS]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: unknown, or for a training loop of Lightning's, which is not used",
+            where=EXP_MANAGER,
+            remedy=did_you_mean(unknown[0], EXP_MANAGER_KEYS)
+            or "leave it out: trainer.save_interval and experiment.resume are about checkpoints, the loggers' keys are "
+            + ", ".join(EXP_MANAGER_KEYS),
+        )
+    if importlib.util.find_spec("nemo") is None:
+        raise ConfigError("NeMo is not installed", where=EXP_MANAGER, remedy="pip install 'prism-nemo[nemo]', or set it to null")
 
 
 def _check_probe_gate(config: AlignConfig) -> None:
@@ -279,6 +324,12 @@ def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
     if not config.stages:
         raise ConfigError(
             "the pipeline has no stages", where="stages", remedy="choose one (demo=digits), or give a file with --config"
+        )
+    if config.experiment.nemo_exp_manager is not None:
+        raise ConfigError(
+            "a pipeline logs nothing itself",
+            where=EXP_MANAGER,
+            remedy=f"give it to every stage, as `{EXP_MANAGER}={{…}}` in `overrides`",
         )
     earlier: dict[str, PipelineStage] = {}
     for stage in config.stages:

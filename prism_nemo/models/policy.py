@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from prism_nemo.models.context import RoutingContext, RowContext, token_kinds
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
-from prism_nemo.models.weights import load_weights
+from prism_nemo.models.weights import export_hf_tensors, load_weights
 from prism_nemo.packing.rows import PackedRow
 from prism_nemo.run_directory import resolve_model_directory
 
@@ -92,6 +92,10 @@ class PolicyModel(TrainableModel):
 
     def forward_row(self, module: torch.nn.Module, row: PackedRow) -> PolicyOutput:
         return module(row, self.distribution, self.with_entropy)
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(HuggingFace name, full tensor) of all weights, gathered as they are asked for: what rollout engines are updated with."""
+        return export_hf_tensors(self.module, self.hf_config)
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow]) -> list[Tensor]:
         """fp32 [N] log-probabilities of every row's labels, without gradients."""

@@ -80,6 +80,7 @@ class AlignTrainer:
             prompts = [(record, encoded.prompt) for record, encoded in batch]
 
             with self.loop.timed("rollout"):
+                self.engine.update_weights(self.policy.hf_tensors(), version=step)
                 rollouts = sample_rollouts(
                     self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
                 )

@@ -38,6 +38,7 @@ def run(config: EvalConfig) -> None:
             overwrite=config.experiment.overwrite,
             is_main=runtime.is_main,
             tensorboard=config.experiment.tensorboard,
+            nemo_exp_manager=config.experiment.nemo_exp_manager,
             progress=config.experiment.progress,
         ) as experiment,
     ):

@@ -65,6 +65,7 @@ class StageLoop:
             overwrite=experiment.overwrite,
             is_main=runtime.is_main,
             tensorboard=experiment.tensorboard,
+            nemo_exp_manager=experiment.nemo_exp_manager,
             progress=experiment.progress,
         )
         runtime.barrier()

@@ -56,6 +56,7 @@ class RLVRTrainer:
             prompts = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
 
             with self.loop.timed("rollout"):
+                self.engine.update_weights(self.policy.hf_tensors(), version=step)
                 rollouts = sample_rollouts(
                     self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
                 )

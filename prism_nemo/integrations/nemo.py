@@ -1,0 +1,179 @@
+"""NeMo: our models under NeMo-Aligner's interfaces, and a stage's metrics in the loggers of nemo-toolkit's `exp_manager`.
+
+    pip install torch==2.13.0                 # first, the build for your machine; a container has its own
+    pip install 'prism-nemo[nemo]'
+
+What the second line brings of NeMo is small. nemo-aligner 0.7.0 asks for two small packages only, because all that it builds on
+is meant to come from NVIDIA's container; beside nemo-toolkit 3 just its interfaces can be imported (its trainers and models want
+the collection `nlp`, which nemo-toolkit has given up), and just those are used here. `nemo-toolkit[common]` is `[core]` with what
+`exp_manager` imports on its way. Importing all of that takes seconds, so it happens where it is asked for, never with this module.
+
+    register()                                # isinstance(policy, nemo_aligner's AlignableGenerativeInterface) holds from here on
+
+    experiment:
+      nemo_exp_manager:                       # of any stage: its metrics also go to W&B, under NeMo's own names
+        create_wandb_logger: true
+        wandb_logger_kwargs: {project: prism, name: align}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_nemo.config.validate import check_exp_manager
+from prism_nemo.errors import ConfigError, PrismError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+LOG_FOLDER = "exp_manager"  # in the run directory, where the settings name no other place
+# What exp_manager would add to Lightning's training loop. No such loop runs here.
+WITHOUT_LIGHTNING = {
+    "create_checkpoint_callback": False,
+    "log_step_timing": False,
+    "log_tflops_per_sec_per_gpu": False,
+    "disable_validation_on_resume": False,
+}
+OUTCOMES = {"finished": "success", "failed": "failed", "interrupted": "KILLED"}  # in Lightning's words, the last in MLflow's
+
+
+# NeMo-Aligner's interfaces
+
+
+def register() -> None:
+    """Makes `PolicyModel` and `DiscriminatorModel` virtual subclasses of NeMo-Aligner's interfaces.
+
+    Raises PrismError when nemo-aligner is not installed, or when a release of it asks for methods that a model does not have.
+    """
+    for model, interface in interfaces().items():
+        missing = missing_methods(model, interface)
+        if missing:
+            raise PrismError(
+                f"{model.__name__} does not have {', '.join(missing)}",
+                where=f"{interface.__module__}.{interface.__name__}",
+                remedy="pip install nemo-aligner==0.7.0",
+            )
+        interface.register(model)
+
+
+def interfaces() -> dict[type, Any]:
+    """Each of our models with its NeMo-Aligner interface. Raises PrismError when nemo-aligner is not installed."""
+    _require("nemo_aligner", "nemo")
+    from prism_nemo.models.discriminator import DiscriminatorModel  # isort: skip  before NeMo, which imports Megatron
+    from prism_nemo.models.policy import PolicyModel  # isort: skip
+    from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, CriticModelInterface
+
+    return {PolicyModel: AlignableGenerativeInterface, DiscriminatorModel: CriticModelInterface}
+
+
+def missing_methods(model: type, interface: type) -> list[str]:
+    """The public methods of an interface that a class does not have, by name.
+
+    Those with a body count as well: a registered class inherits nothing.
+    """
+    names = [name for name, _ in inspect.getmembers(interface, inspect.isfunction) if not name.startswith("_")]
+    return [name for name in names if not _implements(model, name)]
+
+
+def _implements(model: type, name: str) -> bool:
+    method = getattr(model, name, None)
+    return callable(method) and not getattr(method, "__isabstractmethod__", False)
+
+
+# exp_manager
+
+
+class NemoLogger:
+    """Hands metrics to the loggers that nemo-toolkit's `exp_manager` makes: TensorBoard, W&B, MLflow, DLLogger, ClearML.
+
+    settings         exp_manager's, by its own names; those that have no meaning here are refused
+    directory        the run directory; its folder `exp_manager` is the log directory unless the settings name one
+    stage            exp_manager's `name`, and MLflow's experiment, where the settings have none
+    hyperparameters  given to every logger once; nested dictionaries are fine
+
+    Make it on the main rank only. exp_manager leaves the command line and, inside a git checkout, `git diff` in the log
+    directory. A run that is resumed behind its last checkpoint logs the steps in between once more: metrics.jsonl is the record.
+
+    Raises PrismError when nemo-toolkit is not installed, ConfigError when NeMo or a logger refuses the settings.
+    """
+
+    directory: Path
+
+    def __init__(self, settings: Mapping[str, Any], directory: Path, *, stage: str, hyperparameters: Mapping[str, Any]) -> None:
+        check_exp_manager(settings)
+        _require("nemo")
+        try:
+            self.directory, self._loggers = _run_exp_manager(settings, directory / LOG_FOLDER, stage)
+            for logger in self._loggers:
+                logger.log_hyperparams(dict(hyperparameters))
+                logger.save()
+        except (ImportError, TypeError, ValueError) as error:  # a logger's package is missing, or its arguments are wrong
+            raise ConfigError(
+                f"exp_manager: {type(error).__name__}: {error}",
+                where="experiment.nemo_exp_manager",
+                remedy="change the settings, or pip install the package that the message names",
+            ) from error
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float], *, prefix: str = "train") -> None:
+        """Every metric as `PREFIX/NAME`, the names that the run directory's TensorBoard has too."""
+        values = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        for logger in self._loggers:
+            logger.log_metrics(values, step)
+
+    def close(self, state: str) -> None:
+        """Ends every logger's run. state: finished, interrupted or failed."""
+        from lightning.pytorch.loggers import WandbLogger
+
+        for logger in self._loggers:
+            logger.finalize(OUTCOMES[state])
+            if isinstance(logger, WandbLogger):  # Lightning leaves the run open, and the process's next stage would write into it
+                logger.experiment.finish(exit_code=0 if state == "finished" else 1)
+
+
+def _run_exp_manager(settings: Mapping[str, Any], directory: Path, stage: str) -> tuple[Path, Sequence[Logger]]:
+    """The log directory and the loggers."""
+    import prism_nemo.engine  # noqa: F401  isort: skip  before NeMo, which imports Megatron
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from nemo.utils.exp_manager import exp_manager
+
+    # exp_manager hangs its loggers on a Lightning trainer. This one never trains; left alone, it would take the ranks of a SLURM
+    # job for its own and refuse their number.
+    trainer = Trainer(
+        devices=1,
+        plugins=[LightningEnvironment()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    place = {} if settings.get("explicit_log_dir") or settings.get("exp_dir") else {"explicit_log_dir": str(directory)}
+    own = {"name": stage, **place, **settings, **WITHOUT_LIGHTNING, "create_mlflow_logger": False}
+    log_directory = exp_manager(trainer, own)
+    loggers = list(trainer.loggers)
+    if settings.get("create_mlflow_logger"):
+        loggers.append(_mlflow_logger(settings, log_directory, stage))
+    return log_directory, loggers
+
+
+def _mlflow_logger(settings: Mapping[str, Any], directory: Path, stage: str) -> Logger:
+    """The logger that exp_manager of nemo-toolkit 3.0.0 fails to make, because it passes `run_name` twice."""
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    given = {name: value for name, value in (settings.get("mlflow_logger_kwargs") or {}).items() if value is not None}
+    usual = {"experiment_name": settings.get("name") or stage, "run_name": settings.get("version"), "save_dir": f"{directory}/mlruns"}
+    return MLFlowLogger(**usual | given)
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise PrismError(
+            f"NeMo is not installed: there is no package {' and no '.join(missing)}",
+            where="prism_nemo.integrations.nemo",
+            remedy="pip install 'prism-nemo[nemo]'",
+        )
