@@ -143,10 +143,11 @@ def test_fields_of_a_row_by_hand() -> None:
 
 
 def test_segments_go_on_after_the_widest_axis_of_an_image() -> None:
-    """An image of 2 x 6 patches is 1 x 3 tokens: it takes positions 2 to 4 and text goes on at 5."""
-    row = make_row([make_group([(2, 6)], (2, 1), seed=31, text_length=1)])
-    assert row.position_ids[:, 2:5].tolist() == [[2, 2, 2], [2, 2, 2], [2, 3, 4]]
-    assert row.position_ids[0, 5:].tolist() == [5, 6, 7, 8, 9, 8]
+    """4 x 6 patches are 2 x 3 = 6 tokens that take positions 2 to 4: text goes on at 5, with the 9th token."""
+    row = make_row([make_group([(4, 6)], (2, 1), seed=31, text_length=1)])
+    assert row.position_ids[:, 2:8].tolist() == [[2] * 6, [2, 2, 2, 3, 3, 3], [2, 3, 4, 2, 3, 4]]
+    for axis in row.position_ids[:, 8:].tolist():
+        assert axis == [5, 6, 7, 8, 9, 8]
 
 
 @pytest.mark.parametrize(
