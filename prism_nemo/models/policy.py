@@ -94,7 +94,7 @@ class PolicyModel(TrainableModel):
         return module(row, self.distribution, self.with_entropy)
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(HuggingFace name, full tensor) of all weights, gathered as they are asked for: what rollout engines are updated with."""
+        """(HuggingFace name, full tensor) of all weights, gathered as they are asked for; updates rollout engines."""
         return export_hf_tensors(self.module, self.hf_config)
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow]) -> list[Tensor]:
