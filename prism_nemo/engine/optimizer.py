@@ -48,7 +48,7 @@ class StepResult:
 
 
 class ModelOptimizer:
-    """AdamW with fp32 master weights and moments over one wrapped model."""
+    """AdamW with fp32 master weights and moments over a wrapped model; what is one-dimensional (biases, norms) does not decay."""
 
     def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, max_steps: int) -> None:
         self.config = config
@@ -85,6 +85,8 @@ class ModelOptimizer:
         rate = learning_rate(step, self.config, self.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
+            # Megatron marks biases and norms with 0 and leaves it to its scheduler, which is not used here, to apply the mark.
+            group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
