@@ -231,7 +231,7 @@ class ExperimentConfig:
     resume: bool = True  # continue from the latest checkpoint in the directory when there is one
     overwrite: bool = False  # start anew in a directory that already holds a run
     tensorboard: bool = True  # event files beside metrics.jsonl
-    nemo_exp_manager: dict[str, Any] | None = None  # exp_manager settings, by NeMo's names: metrics go to its loggers as well (W&B, …)
+    nemo_exp_manager: dict[str, Any] | None = None  # NeMo's exp_manager, by its own keys: metrics go to its loggers too
     progress: bool = True  # show progress bars
 
 

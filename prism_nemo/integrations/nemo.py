@@ -6,7 +6,7 @@
 What the second line brings of NeMo is small. nemo-aligner 0.7.0 asks for two small packages only, because all that it builds on
 is meant to come from NVIDIA's container; beside nemo-toolkit 3 just its interfaces can be imported (its trainers and models want
 the collection `nlp`, which nemo-toolkit has given up), and just those are used here. `nemo-toolkit[common]` is `[core]` with what
-`exp_manager` imports on its way. Importing all of that takes seconds, so it happens where it is asked for, never with this module.
+`exp_manager` imports on its way. Importing all of it takes seconds, so that happens where it is asked for, not with this module.
 
     register()                                # isinstance(policy, nemo_aligner's AlignableGenerativeInterface) holds from here on
 
@@ -23,6 +23,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf.errors import OmegaConfBaseException
 
 from prism_nemo.config.validate import check_exp_manager
 from prism_nemo.errors import ConfigError, PrismError
@@ -62,7 +64,8 @@ def register() -> None:
 
 def interfaces() -> dict[type, Any]:
     """Each of our models with its NeMo-Aligner interface. Raises PrismError when nemo-aligner is not installed."""
-    _require("nemo_aligner", "nemo")
+    if importlib.util.find_spec("nemo_aligner") is None:
+        raise PrismError("nemo-aligner is not installed", where=__name__, remedy="pip install 'prism-nemo[nemo]'")
     from prism_nemo.models.discriminator import DiscriminatorModel  # isort: skip  before NeMo, which imports Megatron
     from prism_nemo.models.policy import PolicyModel  # isort: skip
     from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, CriticModelInterface
@@ -105,13 +108,13 @@ class NemoLogger:
 
     def __init__(self, settings: Mapping[str, Any], directory: Path, *, stage: str, hyperparameters: Mapping[str, Any]) -> None:
         check_exp_manager(settings)
-        _require("nemo")
         try:
             self.directory, self._loggers = _run_exp_manager(settings, directory / LOG_FOLDER, stage)
             for logger in self._loggers:
                 logger.log_hyperparams(dict(hyperparameters))
                 logger.save()
-        except (ImportError, TypeError, ValueError) as error:  # a logger's package is missing, or its arguments are wrong
+        except (ImportError, TypeError, ValueError, OmegaConfBaseException) as error:
+            # A setting that exp_manager does not know, a logger's argument that is wrong, a logger's package that is missing.
             raise ConfigError(
                 f"exp_manager: {type(error).__name__}: {error}",
                 where="experiment.nemo_exp_manager",
@@ -165,15 +168,5 @@ def _mlflow_logger(settings: Mapping[str, Any], directory: Path, stage: str) -> 
     from lightning.pytorch.loggers import MLFlowLogger
 
     given = {name: value for name, value in (settings.get("mlflow_logger_kwargs") or {}).items() if value is not None}
-    usual = {"experiment_name": settings.get("name") or stage, "run_name": settings.get("version"), "save_dir": f"{directory}/mlruns"}
-    return MLFlowLogger(**usual | given)
-
-
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise PrismError(
-            f"NeMo is not installed: there is no package {' and no '.join(missing)}",
-            where="prism_nemo.integrations.nemo",
-            remedy="pip install 'prism-nemo[nemo]'",
-        )
+    name, version = settings.get("name") or stage, settings.get("version")
+    return MLFlowLogger(**{"experiment_name": name, "run_name": version, "save_dir": f"{directory}/mlruns", **given})

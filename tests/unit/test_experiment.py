@@ -48,6 +48,7 @@ def experiment(directory: Path, **changes: Any) -> Experiment:
         "overwrite": False,
         "is_main": True,
         "tensorboard": False,
+        "nemo_exp_manager": None,
         "progress": False,
     }
     return Experiment(directory, **{**settings, **changes})
@@ -204,7 +205,7 @@ def test_a_second_live_process_is_kept_out_and_a_dead_one_is_not_in_the_way(tmp_
         from pathlib import Path
         from prism_nemo.experiment import Experiment
         run = Experiment(Path(sys.argv[1]), stage="sft", config_yaml=sys.argv[2], resume=True, overwrite=False, is_main=True,
-                         tensorboard=False, progress=False)
+                         tensorboard=False, nemo_exp_manager=None, progress=False)
         run.log_metrics(1, {"loss": 1.0})
         print("ready", flush=True)
         sys.stdin.read()

@@ -45,6 +45,7 @@ def write_stage(directory: Path, stage: str, rows: list[tuple[int, str, dict[str
         overwrite=False,
         is_main=True,
         tensorboard=False,
+        nemo_exp_manager=None,
         progress=False,
     ) as run:
         for step, prefix, metrics in rows:
