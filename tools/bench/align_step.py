@@ -178,7 +178,7 @@ def main() -> None:
         directory = Path(folder) / "model"
         write_base_model(directory, seed=0)
         step = Step(arguments, runtime, directory)
-        # The router's balancing loss is per group, so cutting groups apart changes it by design: without it the gradients compare.
+        # The router's balancing loss is per group: cutting groups apart changes it by design, so the comparison does without.
         step.options.moe_aux_loss_coeff = 0.0
         step.ours()
         ours = step.gradients()
