@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from prism_nemo.config.compose import dump_config
-from prism_nemo.config.schema import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.config.schema import AlignConfig, EvalConfig, PairsConfig, RLVRConfig, SFTConfig, WarmupConfig
 from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
@@ -48,27 +48,33 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def open_experiment(stage: str, config: TrainingConfig | EvalConfig | PairsConfig, runtime: Runtime) -> Experiment:
+    """The run directory of a stage, made by the main rank before any other looks into it. A collective."""
+    settings = config.experiment
+    experiment = Experiment(
+        Path(settings.dir),
+        stage=stage,
+        config_yaml=dump_config(config),
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        is_main=runtime.is_main,
+        tensorboard=settings.tensorboard,
+        nemo_exp_manager=settings.nemo_exp_manager,
+        progress=settings.progress,
+    )
+    runtime.barrier()
+    return experiment
+
+
 class StageLoop:
     """Owns the run directory and the checkpoints of one stage."""
 
     def __init__(self, stage: str, config: TrainingConfig, runtime: Runtime) -> None:
         self.config = config
         self.runtime = runtime
-        experiment = config.experiment
-        self.directory = Path(experiment.dir)
+        self.directory = Path(config.experiment.dir)
         self.stage = stage
-        self.experiment = Experiment(
-            self.directory,
-            stage=stage,
-            config_yaml=dump_config(config),
-            resume=experiment.resume,
-            overwrite=experiment.overwrite,
-            is_main=runtime.is_main,
-            tensorboard=experiment.tensorboard,
-            nemo_exp_manager=experiment.nemo_exp_manager,
-            progress=experiment.progress,
-        )
-        runtime.barrier()
+        self.experiment = open_experiment(stage, config, runtime)
         self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
         self._bad_steps = 0
         self._bad_listed = 0

@@ -9,19 +9,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from prism_nemo.config.compose import dump_config
 from prism_nemo.config.schema import PairsConfig
 from prism_nemo.config.validate import validate
-from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.open import open_records
 from prism_nemo.data.records import ImageSource, Record
-from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.errors import ConfigError, DataError
-from prism_nemo.experiment import Experiment
-from prism_nemo.models.policy import PolicyModel
-from prism_nemo.rollout.base import RolloutEngine, build_engine
 from prism_nemo.rollout.batch import sample_rollouts
 from prism_nemo.run_directory import write_atomically
+from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
 
 RESULT = "pairs.jsonl"
 
@@ -33,37 +28,18 @@ def run(config: PairsConfig) -> None:
     """
     validate(config)
     directory = Path(config.experiment.dir)
-    with (
-        session(config.parallel, config.runtime) as runtime,
-        Experiment(
-            directory,
-            stage="pairs",
-            config_yaml=dump_config(config),
-            resume=config.experiment.resume,
-            overwrite=config.experiment.overwrite,
-            is_main=runtime.is_main,
-            tensorboard=config.experiment.tensorboard,
-            nemo_exp_manager=config.experiment.nemo_exp_manager,
-            progress=config.experiment.progress,
-        ) as experiment,
-    ):
-        runtime.barrier()
-        experiment.rewind(0)
-        policy = PolicyModel(config.model, config.parallel, runtime)
-        encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
-        engine = build_engine(config.rollout, policy.module, device=runtime.device)
+    with open_sampling_run("pairs", config) as opened:
+        runtime = opened.runtime
         if config.data.train is None:
             raise ConfigError("there is no data", where="data.train", remedy="name a file of records with teacher responses")
         records = open_records(config.data.train, config.data, required=("response",))[: config.limit_samples]
-        lines = [
-            line for part in runtime.gather_objects(list(_pairs(records, config, engine, encoder, runtime))) for line in part
-        ]
+        lines = [line for part in runtime.gather_objects(list(_pairs(records, config, opened))) for line in part]
         if not lines:
             raise DataError("no rollout has a valid format", where=config.model.path, remedy="train the policy longer (sft)")
         if runtime.is_main:
             write_atomically(directory / RESULT, "".join(json.dumps(line) + "\n" for line in lines))
         rollouts = len(records) * config.rollout.num_rollouts_per_prompt
-        experiment.log_metrics(1, {"pairs": len(lines), "invalid_rollouts": rollouts - len(lines)})
+        opened.experiment.log_metrics(1, {"pairs": len(lines), "invalid_rollouts": rollouts - len(lines)})
         if runtime.is_main:
             print(
                 f"{len(lines)} pairs, {rollouts - len(lines)} rollouts of invalid format left out: {directory / RESULT}",
@@ -71,17 +47,16 @@ def run(config: PairsConfig) -> None:
             )
 
 
-def _pairs(
-    records: list[Record], config: PairsConfig, engine: RolloutEngine, encoder: ChatEncoder, runtime: Runtime
-) -> Iterator[dict[str, object]]:
+def _pairs(records: list[Record], config: PairsConfig, opened: SamplingRun) -> Iterator[dict[str, object]]:
     """This data-parallel rank's pairs, as records in the pairwise form that the readers take."""
+    runtime, encoder = opened.runtime, opened.encoder
     mine = records[runtime.data_parallel_rank :: runtime.data_parallel_size]
     assert config.data.train is not None
     root = Path(config.data.image_root) if config.data.image_root else Path(config.data.train).parent
     prompts_at_once = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts_per_prompt)
     for start in range(0, len(mine), prompts_at_once):
         batch = [(record, encoder.encode_prompt(record)) for record in mine[start : start + prompts_at_once]]
-        rollouts = sample_rollouts(engine, encoder, batch, config.rollout, seed=config.runtime.seed, step=0)
+        rollouts = sample_rollouts(opened.engine, encoder, batch, config.rollout, seed=config.runtime.seed, step=0)
         for index, text in enumerate(rollouts.texts):
             if rollouts.parsed[index] is None:
                 continue
