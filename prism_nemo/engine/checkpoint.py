@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
@@ -32,6 +34,7 @@ from prism_nemo.run_directory import LATEST, write_atomically
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
+_WITH_OPTIMIZER = "optimizer"  # in Megatron's content metadata: whether the checkpoint holds an optimizer's state
 
 
 class Checkpointed(Protocol):
@@ -53,14 +56,18 @@ def is_model_checkpoint(directory: Path) -> bool:
 
 
 def save_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -> None:
-    """Writes one model's torch_dist checkpoint into a new directory. A collective; the manifest is `seal`'s."""
+    """Writes one model's torch_dist checkpoint into a new directory. A collective; the manifest is `seal`'s.
+
+    An optimizer that has not taken a step (a frozen discriminator's) has nothing to save.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     metadata = _metadata()
     state = {"model": module.sharded_state_dict(metadata=metadata)}
-    if optimizer is not None:
+    with_optimizer = optimizer is not None and optimizer.has_stepped
+    if optimizer is not None and with_optimizer:
         state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], metadata=metadata)
     _use_local_results_queue()
-    dist_checkpointing.save(state, str(directory), content_metadata={"optimizer": optimizer is not None})
+    dist_checkpointing.save(state, str(directory), content_metadata={_WITH_OPTIMIZER: with_optimizer})
 
 
 def _use_local_results_queue() -> None:
@@ -80,20 +87,27 @@ def load_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -
     check_manifest(directory)
     metadata = _metadata()
     state = {"model": module.sharded_state_dict(metadata=metadata)}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
     try:
+        content = dist_checkpointing.load_content_metadata(str(directory))
+        with_optimizer = optimizer is not None and content[_WITH_OPTIMIZER]
+        if optimizer is not None and with_optimizer:
+            state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
         loaded = dist_checkpointing.load(state, str(directory))
-    except (CheckpointingException, KeyError, OSError) as error:
+    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise CheckpointError(
-            f"the checkpoint does not fit the model: {error}",
+            f"the checkpoint does not fit the model: {_reason(error)}",
             where=str(directory),
             remedy="use a checkpoint of this model, or an earlier one",
         ) from error
     module.load_state_dict(loaded["model"])
-    if optimizer is not None:
+    if optimizer is None:
+        return
+    if with_optimizer:
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
         _own_steps(optimizer)
+        optimizer.has_stepped = True
+    else:
+        optimizer.start_anew()
 
 
 def _own_steps(optimizer: ModelOptimizer) -> None:
@@ -102,6 +116,14 @@ def _own_steps(optimizer: ModelOptimizer) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank that failed, without the list of all tensors that torch and Megatron add."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return textwrap.shorten(text, 300, placeholder=" …")
 
 
 def _metadata() -> dict[str, Any]:
@@ -171,7 +193,7 @@ class CheckpointStore:
                 shutil.rmtree(final)
             staging.rename(final)
             write_atomically(self.folder / LATEST, final.name)
-            self._drop_oldest()
+            self._drop_oldest(final)
         self.runtime.barrier()
         return final
 
@@ -198,7 +220,8 @@ class CheckpointStore:
             seed_everything(trainer["step"])
         return trainer
 
-    def _drop_oldest(self) -> None:
-        steps = sorted(self.folder.glob("step_*"))
+    def _drop_oldest(self, newest: Path) -> None:
+        """Keeps the last ones up to `newest`. Later steps are those of a line that somebody went back from: they go first."""
+        steps = sorted(self.folder.glob("step_*"), key=lambda path: (path.name <= newest.name, path.name))
         for old in steps[: max(0, len(steps) - self.keep_last_k)]:
             shutil.rmtree(old)

@@ -54,6 +54,7 @@ class ModelOptimizer:
         self.config = config
         self.max_steps = max_steps
         self.model = model
+        self.has_stepped = False  # moments and step counters exist
         bf16 = model.config.params_dtype == torch.bfloat16
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -71,6 +72,13 @@ class ModelOptimizer:
             ),
             [model],
         )
+
+    def start_anew(self) -> None:
+        """As if no step had been taken from the weights that the model has now."""
+        for part in self.optimizer.chained_optimizers:
+            part.optimizer.state.clear()
+        self.optimizer.reload_model_params()
+        self.has_stepped = False
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -97,4 +105,5 @@ class ModelOptimizer:
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
+        self.has_stepped = True
         return StepResult(True, norm, rate)

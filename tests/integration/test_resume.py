@@ -155,6 +155,18 @@ def test_stopped_before_the_first_checkpoint_starts_anew(runs: Path, tmp_path: P
     assert_same_run("sft", run, runs)
 
 
+def test_a_frozen_discriminator_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer has never taken a step; the checkpoint holds it all the same, so that it may thaw."""
+    frozen = ("algorithm.discriminator_steps_frozen=true", "trainer.max_steps=3")
+    expected = run_stage("align", tmp_path / "unbroken", *frozen)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run_stage("align", tmp_path / "stopped", *frozen)
+    run_stage("align", tmp_path / "stopped", *frozen)
+    assert written(tmp_path / "stopped") == written(expected)
+
+
 def test_a_finished_run_does_nothing_more(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "sft"
     shutil.copytree(unbroken("sft", runs), run)
