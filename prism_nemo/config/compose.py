@@ -178,6 +178,8 @@ def _assign(config: DictConfig, schema: type, key: str, value: Any, source: str)
     try:
         if isinstance(value, list):
             OmegaConf.update(config, key, [], merge=False)  # a later list replaces an earlier one
+        elif isinstance(value, dict) and OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, {}, merge=False)  # OmegaConf merges into a mapping, not into null
         OmegaConf.update(config, key, value, merge=True)
     except OmegaConfBaseException as error:
         what = f"{key}: {_shown(value)} cannot be used: {first_line(error)}"

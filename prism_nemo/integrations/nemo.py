@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 LOG_FOLDER = "exp_manager"  # in the run directory, where the settings name no other place
-# What exp_manager would add to Lightning's training loop. No such loop runs here.
-WITHOUT_LIGHTNING = {
-    "create_checkpoint_callback": False,
-    "log_step_timing": False,
-    "log_tflops_per_sec_per_gpu": False,
-    "disable_validation_on_resume": False,
-}
 OUTCOMES = {"finished": "success", "failed": "failed", "interrupted": "KILLED"}  # in Lightning's words, the last in MLflow's
 
 
@@ -101,15 +94,13 @@ class NemoLogger:
     Make it on the main rank only. exp_manager leaves the command line and, inside a git checkout, `git diff` in the log
     directory. A run that is resumed behind its last checkpoint logs the steps in between once more: metrics.jsonl is the record.
 
-    Raises PrismError when nemo-toolkit is not installed, ConfigError when NeMo or a logger refuses the settings.
+    Raises ConfigError when nemo-toolkit is not installed, and when it or a logger refuses the settings.
     """
-
-    directory: Path
 
     def __init__(self, settings: Mapping[str, Any], directory: Path, *, stage: str, hyperparameters: Mapping[str, Any]) -> None:
         check_exp_manager(settings)
         try:
-            self.directory, self._loggers = _run_exp_manager(settings, directory / LOG_FOLDER, stage)
+            self._loggers = _exp_manager_loggers(settings, directory / LOG_FOLDER, stage)
             for logger in self._loggers:
                 logger.log_hyperparams(dict(hyperparameters))
                 logger.save()
@@ -137,15 +128,14 @@ class NemoLogger:
                 logger.experiment.finish(exit_code=0 if state == "finished" else 1)
 
 
-def _run_exp_manager(settings: Mapping[str, Any], directory: Path, stage: str) -> tuple[Path, Sequence[Logger]]:
-    """The log directory and the loggers."""
+def _exp_manager_loggers(settings: Mapping[str, Any], directory: Path, stage: str) -> list[Logger]:
     import prism_nemo.engine  # noqa: F401  isort: skip  before NeMo, which imports Megatron
     from lightning.pytorch import Trainer
     from lightning.pytorch.plugins.environments import LightningEnvironment
     from nemo.utils.exp_manager import exp_manager
 
-    # exp_manager hangs its loggers on a Lightning trainer. This one never trains; left alone, it would take the ranks of a SLURM
-    # job for its own and refuse their number.
+    # exp_manager hangs its loggers on a Lightning trainer. This one never trains; left alone, it would look for its own ranks in
+    # the SLURM job that it runs in, and refuse some jobs.
     trainer = Trainer(
         devices=1,
         plugins=[LightningEnvironment()],
@@ -154,19 +144,23 @@ def _run_exp_manager(settings: Mapping[str, Any], directory: Path, stage: str) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    place = {} if settings.get("explicit_log_dir") or settings.get("exp_dir") else {"explicit_log_dir": str(directory)}
-    own = {"name": stage, **place, **settings, **WITHOUT_LIGHTNING, "create_mlflow_logger": False}
-    log_directory = exp_manager(trainer, own)
+    given = {"name": stage, **_without_nulls(settings)}
+    if not {"explicit_log_dir", "exp_dir"} & given.keys():
+        given["explicit_log_dir"] = str(directory)
+    log_directory = exp_manager(trainer, {**given, "create_checkpoint_callback": False, "create_mlflow_logger": False})
     loggers = list(trainer.loggers)
-    if settings.get("create_mlflow_logger"):
-        loggers.append(_mlflow_logger(settings, log_directory, stage))
-    return log_directory, loggers
+    if given.get("create_mlflow_logger"):
+        loggers.append(_mlflow_logger(given, log_directory))
+    return loggers
 
 
-def _mlflow_logger(settings: Mapping[str, Any], directory: Path, stage: str) -> Logger:
+def _mlflow_logger(settings: Mapping[str, Any], directory: Path) -> Logger:
     """The logger that exp_manager of nemo-toolkit 3.0.0 fails to make, because it passes `run_name` twice."""
     from lightning.pytorch.loggers import MLFlowLogger
 
-    given = {name: value for name, value in (settings.get("mlflow_logger_kwargs") or {}).items() if value is not None}
-    name, version = settings.get("name") or stage, settings.get("version")
-    return MLFlowLogger(**{"experiment_name": name, "run_name": version, "save_dir": f"{directory}/mlruns", **given})
+    usual = {"experiment_name": settings["name"], "run_name": settings.get("version"), "save_dir": str(directory / "mlruns")}
+    return MLFlowLogger(**usual | _without_nulls(settings.get("mlflow_logger_kwargs", {})))
+
+
+def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
