@@ -26,7 +26,13 @@ from prism_nemo.errors import ConfigError, PrismError
 # another run of it.
 MAY_DIFFER = (
     "experiment",
-    "parallel",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.sequence_parallel",  # but not use_distributed_optimizer, which stores its state in another form
     "runtime.device",
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",
