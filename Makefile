@@ -16,14 +16,16 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEMO := $(VENV)/nemo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test lint format clean
+.PHONY: help install demo report test test-nemo lint format clean
 
 help:
 	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
 	@echo 'make report    the tables and curves of runs/demo once more'
 	@echo 'make test      all tests that this machine can run'
+	@echo 'make test-nemo the tests against NeMo, which it installs beside $(VENV) (450 MB)'
 	@echo 'make lint      style, types and import rules'
 	@echo 'make format    puts the code into the style that lint wants'
 	@echo 'make install   only makes $(VENV)'
@@ -50,6 +52,17 @@ report: $(INSTALLED)
 # One thread a process: the tests start several ranks, which would otherwise fight for the cores.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+test-nemo: $(NEMO)/.installed
+	OMP_NUM_THREADS=1 $(NEMO)/bin/python -m pytest $(PYTEST_ARGS) tests/unit/test_nemo_integration.py
+
+# NeMo holds some packages back, so it gets an environment of its own, on top of the other one: what fits is used from there.
+$(NEMO)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv --clear $(NEMO)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(NEMO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(NEMO)/bin/python -m pip install -e '.[nemo]' mlflow-skinny
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

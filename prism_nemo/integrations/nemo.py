@@ -24,8 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf.errors import OmegaConfBaseException
-
 from prism_nemo.config.validate import check_exp_manager
 from prism_nemo.errors import ConfigError, PrismError
 
@@ -104,8 +102,7 @@ class NemoLogger:
             for logger in self._loggers:
                 logger.log_hyperparams(dict(hyperparameters))
                 logger.save()
-        except (ImportError, TypeError, ValueError, OmegaConfBaseException) as error:
-            # A setting that exp_manager does not know, a logger's argument that is wrong, a logger's package that is missing.
+        except Exception as error:  # each of these packages has its own: a wrong argument, no key, no server, no such package
             raise ConfigError(
                 f"exp_manager: {type(error).__name__}: {error}",
                 where="experiment.nemo_exp_manager",

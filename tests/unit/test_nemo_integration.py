@@ -236,6 +236,7 @@ def test_a_release_that_asks_for_more_is_refused(monkeypatch: pytest.MonkeyPatch
 
 # The real exp_manager
 
+MLFLOW = "needs mlflow-skinny, which is no part of the extra"
 CONFIG = {"optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 3}}
 LOSSES = [0.75, 0.5, 0.25]  # exact in the event files' fp32
 VALIDATION = {"accuracy": 0.125}
@@ -366,7 +367,7 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.nemo
 @pytest.mark.parametrize(("error", "status"), [(None, "FINISHED"), (ValueError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 def test_mlflow_gets_metrics_parameters_and_the_outcome(tmp_path: Path, error: BaseException | None, status: str) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny, which is no part of the extra")
+    mlflow = pytest.importorskip("mlflow", reason=MLFLOW)
     place = {"exp_dir": str(tmp_path / "all"), "explicit_log_dir": None, "name": None, "version": "first"}
     settings = {**place, "create_mlflow_logger": True, "mlflow_logger_kwargs": {"experiment_name": None}}
     with pytest.raises(type(error)) if error else nullcontext(), experiment(tmp_path / "run", nemo_exp_manager=settings) as run:
@@ -384,11 +385,14 @@ def test_mlflow_gets_metrics_parameters_and_the_outcome(tmp_path: Path, error: B
     ("settings", "what"),
     [
         ({"create_wandb_logger": True}, "name and project are required"),
-        ({"create_mlflow_logger": True, "mlflow_logger_kwargs": {"trackin_uri": "x"}}, "trackin_uri"),
         ({"create_tensorboard_logger": "maybe"}, "maybe"),
+        ({"create_mlflow_logger": True, "mlflow_logger_kwargs": {"trackin_uri": "x"}}, "trackin_uri"),
+        ({"create_mlflow_logger": True, "mlflow_logger_kwargs": {"tracking_uri": "nosuch://x"}}, "nosuch"),
     ],
 )
 def test_what_a_logger_refuses_is_the_users_error(tmp_path: Path, settings: dict[str, Any], what: str) -> None:
+    if "create_mlflow_logger" in settings:
+        pytest.importorskip("mlflow", reason=MLFLOW)
     with pytest.raises(ConfigError) as caught:
         experiment(tmp_path / "run", nemo_exp_manager=settings)
     assert what in caught.value.what and caught.value.where == "experiment.nemo_exp_manager"
