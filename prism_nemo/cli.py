@@ -159,6 +159,7 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
         return lambda: _print(_stage_help(name))
 
     from prism_nemo.config.compose import compose, load_config
+    from prism_nemo.config.schema import Device, PipelineConfig
     from prism_nemo.config.validate import validate
 
     if options.cfg:
@@ -168,6 +169,10 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
         return lambda: _print(text)
     config = load_config(name, options.overrides, config_file=options.config)
     validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    device = config.device if isinstance(config, PipelineConfig) else config.runtime.device
+    if device == Device.cpu:
+        # Megatron is prepared for the CPU where there is no CUDA device: so on a machine that has one, torch must not see it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return lambda: importlib.import_module(STAGES[name].module).run(config)
 
 

@@ -120,6 +120,7 @@ def stage_overrides(pipeline: PipelineConfig, stage: PipelineStage) -> list[str]
     """All overrides of one stage of a pipeline: what the pipeline gives every stage, then the stage's own."""
     return [
         f"runtime.seed={pipeline.seed}",
+        f"runtime.device={pipeline.device}",
         f"experiment.dir={Path(pipeline.experiment.dir) / stage.name}",
         *pipeline.overrides,
         *stage.overrides,

@@ -335,6 +335,7 @@ class DigitsConfig:
 @dataclass
 class PipelineConfig:
     seed: int = 1234  # runtime.seed of every stage, and of the digits task
+    device: Device = Device.auto  # runtime.device of every stage
     stages: list[PipelineStage] = field(default_factory=list)  # in the order in which they run
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
     digits: DigitsConfig = field(default_factory=DigitsConfig)

@@ -30,7 +30,7 @@ def import_hf(hf: Path, out: Path) -> None:
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with session(parallel, RuntimeConfig(device=Device.cpu)):
+        with session(parallel, RuntimeConfig(device=Device.auto)):
             module = PolicyModule(Qwen3VLShape.from_hf(config), parallel, precision)
             load_weights(module, hf, config)
             save_model(staging, module, None)
@@ -53,7 +53,7 @@ def export_hf(checkpoint: Path, out: Path) -> None:
     config = load_model_config(directory)
     parallel = ParallelConfig()
     precision = Precision.bf16 if config["text_config"].get("dtype") == "bfloat16" else Precision.fp32
-    with session(parallel, RuntimeConfig(device=Device.cpu)), HFWriter(out) as writer:
+    with session(parallel, RuntimeConfig(device=Device.auto)), HFWriter(out) as writer:
         module = PolicyModule(Qwen3VLShape.from_hf(config), parallel, precision)
         load_weights(module, directory, config)
         for name, tensor in export_hf_tensors(module, config):

@@ -14,7 +14,7 @@ from prism_nemo.errors import CheckpointError, ConfigError, DataError
 
 T = TypeVar("T")
 
-_MIN_SEEN = 100  # records, before the share of bad ones means anything (or one epoch, where that is less)
+_MIN_SEEN = 100  # records that the share of bad ones is taken of, at least (or one epoch, where that is less)
 
 
 class RecordStream(Generic[T]):
@@ -70,7 +70,9 @@ class RecordStream(Generic[T]):
                 batch.append((record, self.encode(record)))
             except DataError as error:
                 self._add_bad(record, error)
-        if self._num_seen >= min(_MIN_SEEN, max(1, len(self.records) // world_size)):
+        # The share of the first records, before they are all seen: one bad one is no cause to stop, more than they may hold is.
+        counted = max(self._num_seen, min(_MIN_SEEN, max(1, len(self.records) // world_size)))
+        if self._num_bad > self.max_bad_sample_share * counted:
             refuse_bad_share(
                 self.bad,
                 num_bad=self._num_bad,

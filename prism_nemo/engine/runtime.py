@@ -92,10 +92,16 @@ class Runtime:
 
 def resolve_device(device: Device) -> torch.device:
     """`auto` is CUDA where there is one. Raises ConfigError when CUDA is asked for and absent."""
-    if device is Device.cuda and not torch.cuda.is_available():
+    if device == Device.cuda and not torch.cuda.is_available():
         raise ConfigError("CUDA was asked for, but torch finds no CUDA device", where="runtime.device", remedy="use auto or cpu")
-    if device is Device.cpu or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return torch.device("cpu")
+    if device == Device.cpu:
+        raise ConfigError(
+            "the CPU was asked for, but torch sees a CUDA device, and Megatron then uses it",
+            where="runtime.device",
+            remedy="start the process with CUDA_VISIBLE_DEVICES= (the prism-nemo command does that by itself)",
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -124,5 +124,8 @@ class DiscriminatorModel(TrainableModel):
         return metrics
 
     def infer_rm_critic(self, rows: Sequence[PackedRow]) -> list[Tensor]:
-        """Scores fp32 [S] of every row, without gradients: NeMo-Aligner's name for asking a reward model."""
+        """Scores fp32 [S] of every row, without gradients: NeMo-Aligner's name for asking a reward model.
+
+        Its combined models answer with rewards and values; a discriminator has no values, so this is the rewards alone.
+        """
         return self.infer(rows)

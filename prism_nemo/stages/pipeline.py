@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.compose import dump_config, load_config, stage_overrides
-from prism_nemo.config.schema import Device, ParallelConfig, PipelineConfig, PipelineStage, RuntimeConfig, StageKind
+from prism_nemo.config.schema import ParallelConfig, PipelineConfig, PipelineStage, RuntimeConfig, StageKind
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.errors import PrismError
@@ -38,7 +38,7 @@ def run(config: PipelineConfig) -> None:
     """The `pipeline` command."""
     validate(config)
     directory = Path(config.experiment.dir)
-    with session(ParallelConfig(), RuntimeConfig(device=Device.auto)) as runtime:
+    with session(ParallelConfig(), RuntimeConfig(device=config.device)) as runtime:
         if runtime.is_main:
             _prepare(config, directory)
         runtime.barrier()

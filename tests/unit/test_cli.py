@@ -235,3 +235,14 @@ def test_a_fault_of_our_own_keeps_its_traceback(sft_stage: tuple[types.ModuleTyp
     module.run = fault  # type: ignore[attr-defined]
     with pytest.raises(ZeroDivisionError):
         cli.main(arguments)
+
+
+def test_asking_for_the_cpu_hides_cuda_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Megatron is prepared for the CPU only where torch sees no CUDA device."""
+    seen: list[str] = []
+    stage = types.SimpleNamespace(run=lambda config: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: stage)
+    for device in ("auto", "cpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+        assert cli.main(["pipeline", "demo=digits", f"experiment.dir={tmp_path}", f"device={device}"]) == 0
+    assert seen == ["3", ""]
