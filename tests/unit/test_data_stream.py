@@ -105,11 +105,18 @@ def test_bad_records_are_left_out_and_listed_once() -> None:
 
 
 def test_too_many_bad_records_stop_the_run() -> None:
-    source = stream(1000, 50, shuffle=False, bad=range(10, 13), share=0.02)
-    assert len(drawn(source, 1)[0]) == 47  # 3 of 50 is above the share, but 50 are too few to tell
-    with pytest.raises(DataError, match=r"(?s)3 of 100 records.*r10 \[a.png\]: no picture.*r12") as error:
+    """2 of the first 100 may be bad; the third stops the run, in whatever batch it comes."""
+    source = stream(1000, 12, shuffle=False, bad=range(10, 13), share=0.02)
+    assert len(drawn(source, 1)[0]) == 10  # 2 of 12 is above the share, but 12 are too few to tell
+    with pytest.raises(DataError, match=r"(?s)3 of 24 records.*r10 \[a.png\]: no picture.*r12") as error:
         source.next_batch()
     assert "data.max_bad_sample_share" in str(error.value)
+
+
+def test_a_batch_without_a_good_record_stops_the_run_at_once() -> None:
+    """A limit that no record meets: no step is done on nothing."""
+    with pytest.raises(DataError, match="4 of 4 records"):
+        stream(1000, 4, shuffle=False, bad=range(1000), share=0.01).next_batch()
 
 
 def test_a_share_of_bad_records_at_the_limit_is_allowed() -> None:
@@ -117,11 +124,11 @@ def test_a_share_of_bad_records_at_the_limit_is_allowed() -> None:
     assert sum(map(len, drawn(source, 4))) == 198
 
 
-def test_a_small_file_is_judged_after_one_epoch() -> None:
-    source = stream(4, 2, shuffle=False, bad={0}, share=0.1)
-    source.next_batch()
-    with pytest.raises(DataError, match="1 of 4 records"):
-        source.next_batch()
+def test_a_small_file_is_judged_by_all_of_its_records() -> None:
+    source = stream(4, 2, shuffle=False, bad={0}, share=0.25)
+    assert drawn(source, 2) == [[1], [2, 3]]
+    with pytest.raises(DataError, match="1 of 2 records"):
+        stream(4, 2, shuffle=False, bad={0}, share=0.24).next_batch()
 
 
 def test_other_errors_are_not_swallowed() -> None:
