@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from helpers.rows import one_rank
-from helpers.stages import run_stage, settings, trained_policy, written
+from helpers.stages import assert_same_metrics, run_stage, settings, trained_policy, written
 from torch import Tensor
 
 from prism_nemo.config.compose import load_config
@@ -105,14 +105,6 @@ def launched(folder: Path) -> list[dict[str, Tensor]]:
         jobs.append((case, settings(case.stage, run, *case.overrides, *case.layout, *steps(MOVED_STEPS[1]))))
     jobs.sort(key=lambda job: "tensor" not in " ".join(job[0].layout))  # building the groups anew takes its time
     return run_ranks(on_two_ranks, 2, [(case.stage, values) for case, values in jobs], str(trained_policy()), timeout_seconds=400)
-
-
-def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
-    assert [(row["step"], row["prefix"]) for row in found] == [(row["step"], row["prefix"]) for row in expected]
-    for row, want in zip(found, expected, strict=True):
-        assert row.keys() == want.keys()
-        numbers = {name: value for name, value in want.items() if name != "prefix"}
-        assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=tolerance, abs=tolerance), row["step"]
 
 
 def texts(samples: list[dict[str, Any]]) -> dict[tuple[int, str], list[str]]:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.rows import one_rank
 
 from prism_nemo.config.compose import Config, load_config
@@ -194,3 +195,12 @@ def written(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     """Metrics without times, and samples, as they stand in the run directory."""
     samples = directory / "samples.jsonl"
     return read_metrics(directory, times=False), list(read_json_lines(samples)) if samples.exists() else []
+
+
+def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    """The same lines with the same names, every number within the tolerance, relative and absolute."""
+    assert [(row["step"], row["prefix"]) for row in found] == [(row["step"], row["prefix"]) for row in expected]
+    for row, want in zip(found, expected, strict=True):
+        assert row.keys() == want.keys()
+        numbers = {name: value for name, value in want.items() if name != "prefix"}
+        assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=tolerance, abs=tolerance), row["step"]
