@@ -8,5 +8,6 @@ from prism_nemo.engine import cpu as _cpu
 _warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
 # Megatron's checkpoints are made of ShardedTensors, and its linear layers ask for the default group; users can change neither.
 _warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*")
+_warnings.filterwarnings("ignore", message=".*load_state_dict` is deprecated and will be removed.*")
 _warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
 _cpu.install()
