@@ -99,6 +99,17 @@ def score_histogram(scores: Tensor, *, limit: float, bins: int) -> Tensor:
     return torch.bincount(torch.bucketize(values, edges, right=True), minlength=bins + 2)
 
 
+def histogram_shares(scores: Tensor, *, kind: str, role: str, limit: float = 10.0, bins: int = 8) -> MetricSums:
+    """`score_histogram` as metrics: `kind/histogram/role/EDGE` is the share of scores in the bin that starts at EDGE.
+
+    The lowest bin is called -inf. Non-finite scores are in no bin, and do not count.
+    """
+    finite = scores.detach()[scores.detach().isfinite()]
+    counts = score_histogram(finite, limit=limit, bins=bins).double()
+    edges = ["-inf", *(f"{-limit + 2 * limit * index / bins:g}" for index in range(bins + 1))]
+    return {f"{kind}/histogram/{role}/{edge}": (count, counts.sum()) for edge, count in zip(edges, counts, strict=True)}
+
+
 def _without_spread(student: Tensor, group_ids: Tensor, tie_tolerance: float) -> tuple[Tensor, Tensor]:
     unique, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     highest = student.new_full(unique.shape, -torch.inf).scatter_reduce_(0, index, student, "amax")

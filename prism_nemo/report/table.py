@@ -87,6 +87,8 @@ def health_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: dict[str, dict[str, float]] = {}
     for name, value in _leaves(summary.get("discriminator", {})):
         parts = name.split("/")
+        if "histogram" in parts:  # in summary.json; too many rows for a table
+            continue
         column = next((part for part in parts if part in SEGMENTS), "all")
         rows.setdefault("/".join(part for part in parts if part != column), {})[column] = value
     return [(name, *(_share(columns.get(column)) for column in (*SEGMENTS, "all"))) for name, columns in rows.items()]

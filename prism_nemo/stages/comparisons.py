@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prism_nemo.algorithms.discriminator_loss import bradley_terry_loss, content_probe, discriminator_health, score_regularization
+from prism_nemo.algorithms.discriminator_loss import (
+    bradley_terry_loss,
+    content_probe,
+    discriminator_health,
+    histogram_shares,
+    score_regularization,
+)
 from prism_nemo.algorithms.metrics import MetricSums, merge
 from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.data.segments import KINDS
@@ -104,7 +110,10 @@ class ComparisonBatch:
             total = total + bradley_terry_loss(teacher, student, global_pairs=self.global_pairs)
             if self.config.score_regularization > 0:
                 total = total + self._regularization(row, scores, student, kind)
-            metrics = merge(metrics, discriminator_health(teacher, student, comparison, kind=kind.name.lower()))
+            name = kind.name.lower()
+            metrics = merge(metrics, discriminator_health(teacher, student, comparison, kind=name))
+            metrics = merge(metrics, histogram_shares(teacher, kind=name, role="teacher"))
+            metrics = merge(metrics, histogram_shares(student, kind=name, role="student"))
         return total, metrics
 
     def probe(self, row: PackedRow, scores: Tensor) -> tuple[Tensor, MetricSums]:

@@ -11,6 +11,7 @@ from prism_nemo.algorithms.discriminator_loss import (
     bradley_terry_loss,
     content_probe,
     discriminator_health,
+    histogram_shares,
     score_histogram,
     score_regularization,
 )
@@ -171,3 +172,13 @@ def test_sums_of_many_small_values_keep_their_digits() -> None:
     total, count = mean_of(torch.full((3_000_000,), 0.1))
     assert total.dtype == torch.float64
     assert (total / count).item() == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+
+
+def test_histogram_shares_are_counts_of_bins_and_add_up() -> None:
+    scores = torch.tensor([-12.0, -10.0, -0.1, 0.0, 2.4, 2.5, 10.0, float("nan")])
+    shares = finalize(histogram_shares(scores, kind="perception", role="student"))
+    expected = {"-inf": 1, "-10": 1, "-2.5": 1, "0": 2, "2.5": 1, "10": 1}
+    assert len(shares) == 10
+    for name, share in shares.items():
+        assert share == expected.get(name.removeprefix("perception/histogram/student/"), 0) / 7, name
+    assert finalize(histogram_shares(scores[:0], kind="perception", role="student")) == {}
