@@ -91,6 +91,7 @@ def load_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -
         content = dist_checkpointing.load_content_metadata(str(directory))
         with_optimizer = optimizer is not None and content[_WITH_OPTIMIZER]
         if optimizer is not None and with_optimizer:
+            optimizer.prepare_for_loading()
             state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
         loaded = dist_checkpointing.load(state, str(directory))
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from prism_nemo.config.schema import DecayStyle, OptimizerConfig, ParallelConfig
@@ -36,6 +38,13 @@ def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
     remaining = 1.0 - progress if config.lr_decay_style == DecayStyle.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def _set_with_own_step(part: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """megatron-core 0.16.1 looks for AdamW's step counters among a checkpoint's tensors; they are not there, and set already."""
+    own = part._get_main_param_and_optimizer_states(model_param)
+    steps = {"step": own["step"].clone()} if "step" in own else {}
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**steps, **tensors})
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,15 @@ class ModelOptimizer:
             ),
             [model],
         )
+
+    def prepare_for_loading(self) -> None:
+        """Empty moments and step counters where there are none: Megatron's distributed optimizer loads into what is there."""
+        for part in self.optimizer.chained_optimizers:
+            if isinstance(part, DistributedOptimizer):
+                part.init_state_fn(part.optimizer, part.config)
+                for state in part.optimizer.state.values():
+                    state.setdefault("step", torch.zeros(()))
+                part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
 
     def start_anew(self) -> None:
         """As if no step had been taken from the weights that the model has now."""

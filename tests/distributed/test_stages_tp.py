@@ -61,6 +61,7 @@ MOVES = {
     "sft_tp": Case("sft", (), TP),
     "sft_tp_bf16": Case("sft", ("model.precision=bf16",), TP),
     "sft_dp": Case("sft", (), DP),
+    "sft_spread": Case("sft", SPREAD, DP),
     "align_tp": Case("align", (), TP),
 }
 MOVED_STEPS = (2, 4, 6)
