@@ -16,6 +16,8 @@ from torch import Tensor
 from prism_nemo.algorithms.advantages import prism_advantages
 from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.algorithms.policy_loss import policy_loss
+from prism_nemo.data.open import open_records
+from prism_nemo.data.segments import response_segments
 from prism_nemo.errors import PrismError
 from prism_nemo.models.base import TrainableModel, TrainingBatch
 from prism_nemo.models.policy import PolicyOutput
@@ -153,9 +155,16 @@ def loss_of(game: ComparisonBatch, row: PackedRow, scores: Tensor) -> tuple[Tens
     return game.loss(row, scores)[0], {}
 
 
-@pytest.mark.parametrize(
-    "step", [("discriminator.moe_aux_loss_coeff=0", "discriminator.score_regularization=0.05")], indirect=True
+PLAIN = (
+    "discriminator.moe_aux_loss_coeff=0",
+    "discriminator.score_regularization=0.05",
+    "algorithm.perception_weight=0.8",
+    "algorithm.reasoning_weight=0.3",
+    "algorithm.format_penalty=1.2",
 )
+
+
+@pytest.mark.parametrize("step", [PLAIN], ids=["plain"], indirect=True)
 def test_the_plain_way_with_every_sequence_alone(step: Step) -> None:
     """No shared prefixes, no shared teacher, no identities: one row a sequence, and the formulas as the algorithm writes them.
 
@@ -194,7 +203,15 @@ def test_the_plain_way_with_every_sequence_alone(step: Step) -> None:
         of_pairs = torch.stack([teacher_scores[rollouts.rollouts[index].prompt_index, column] for index in valid])
         assert metrics[f"discriminator/{kind.name.lower()}/teacher_score"] == pytest.approx(float(of_pairs.mean()), abs=1e-6)
 
-    plain = prism_advantages(scores[:, 0], scores[:, 1], compared, rollouts.group_ids)
+    plain = prism_advantages(
+        scores[:, 0],
+        scores[:, 1],
+        compared,
+        rollouts.group_ids,
+        perception_weight=0.8,
+        reasoning_weight=0.3,
+        format_penalty=1.2,
+    )
     torch.testing.assert_close(plain, advantages, rtol=1e-3, atol=1e-3)  # normalising magnifies the scores' rounding
     policy = trainer.policy
     policy.prepare_for_training_step()
@@ -326,6 +343,35 @@ def test_a_rollout_that_is_not_in_the_format_is_pushed_down(step: Step) -> None:
         assert bool((invalid < -1.4).all())
         if len(valid) and len(invalid):
             assert float(valid.min()) > float(invalid.max())
+
+
+def test_the_probe_is_the_share_of_true_texts_that_win_alone(folder: Path) -> None:
+    """Each text in a row of its own, over the first seven held-out records."""
+    with trainer_of("align", folder / "probe", "trainer.limit_val_samples=7") as trainer:
+        found = trainer.probe.run()
+        records = open_records(trainer.config.data.validation, trainer.config.data, required=("probe_response",))[:7]
+        margins = torch.zeros(7, len(KINDS))
+        with trainer.discriminator.inference_mode():
+            for number, record in enumerate(records):
+                prompt = trainer.encoder.encode_prompt(record)
+                for sign, text in ((1, record.response), (-1, record.probe_response)):
+                    segments = response_segments(text, trainer.encoder, trainer.config.discriminator.view, sample=0)
+                    margins[number] += sign * torch.stack([score(trainer, prompt, segment) for segment in segments])
+        assert float(margins.abs().min()) > 1e-5, "no tie"
+        for column, kind in enumerate(KINDS):
+            name = kind.name.lower()
+            assert found[f"{name}/content_probe"] == pytest.approx(float((margins[:, column] > 0).float().mean()))
+            assert found[f"{name}/content_probe_margin"] == pytest.approx(float(margins[:, column].mean()), abs=1e-6)
+
+
+def test_rollouts_differ_from_step_to_step_and_not_from_run_to_run(step: Step) -> None:
+    def texts(number: int) -> Sequence[str]:
+        trainer = step.trainer
+        batch = list(zip(step.rollouts.records, step.rollouts.prompts, strict=True))
+        return sample_rollouts(trainer.engine, trainer.encoder, batch, trainer.config.rollout, seed=1, step=number).texts
+
+    assert texts(0) == step.rollouts.texts
+    assert sum(a == b for a, b in zip(texts(1), step.rollouts.texts, strict=True)) <= 1
 
 
 def test_the_stage_says_when_the_discriminator_reads_no_content(tmp_path: Path) -> None:
