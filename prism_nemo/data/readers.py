@@ -64,7 +64,7 @@ def read_records(
     items = {".json": _json_items, ".jsonl": _jsonl_items, ".parquet": _parquet_items}.get(path.suffix.lower())
     if items is None:
         raise DataError(f"a data file cannot end in {path.suffix!r}", where=str(path), remedy="use .json, .jsonl or .parquet")
-    root = path.parent if image_root is None else Path(image_root)
+    root = (path.parent if image_root is None else Path(image_root)).absolute()  # paths stay right wherever they are used
     records: list[Record] = []
     bad: list[BadRecord] = []
     for number, item in items(path):

@@ -52,7 +52,7 @@ def _pairs(records: list[Record], config: PairsConfig, opened: SamplingRun) -> I
     runtime, encoder = opened.runtime, opened.encoder
     mine = records[runtime.data_parallel_rank :: runtime.data_parallel_size]
     assert config.data.train is not None
-    root = Path(config.data.image_root) if config.data.image_root else Path(config.data.train).parent
+    root = (Path(config.data.image_root) if config.data.image_root else Path(config.data.train).parent).absolute()
     prompts_at_once = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts_per_prompt)
     for start in range(0, len(mine), prompts_at_once):
         batch = [(record, encoder.encode_prompt(record)) for record in mine[start : start + prompts_at_once]]

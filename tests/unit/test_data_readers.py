@@ -247,3 +247,14 @@ def test_require_names_the_record_and_the_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="record a has no answer and no caption"):
         found.require("response", "answer", "caption")
     assert found.require() is found
+
+
+def test_image_paths_stay_right_when_the_data_file_is_named_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    line = {"messages": [{"role": "user", "content": "<image> largest"}], "images": ["images/a.png"]}
+    (tmp_path / "runs" / "data.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (record,) = read_records(Path("runs/data.jsonl"), image_root=None).records
+    assert record.images[0].path == tmp_path / "runs" / "images" / "a.png"
