@@ -148,14 +148,14 @@ def _vision(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> flo
     return patches * (vision.depth * block + mergers + patch + position + rotary)
 
 
-def logits_workspace(shape: Shape, parallel: ParallelConfig, cost: Cost) -> float:
+def logits_workspace(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:
     """Bytes that exist for a moment while log-probabilities are taken and differentiated: chunks of logits, and the gradient of
     the output weight, summed over the chunks in fp32."""
     if shape.is_discriminator:
         return 0.0
     weight = shape.vocab_size * shape.hidden_size / parallel.tensor_model_parallel_size
     of_chunk = FP32 if cost.is_fp32 else FP32 + cost.value_bytes  # one chunk's product and, in bf16, its copy in fp32
-    chunk = LOGITS_AT_A_TIME
+    chunk = min(LOGITS_AT_A_TIME, row.labels * shape.vocab_size / parallel.tensor_model_parallel_size)
     forward = (4 * FP32 + 1) * chunk
     backward = (2 * FP32 + cost.value_bytes) * chunk + (FP32 + of_chunk) * weight
     return max(forward, backward)

@@ -33,7 +33,7 @@ _PREFILL_TOKENS = 8192  # rollout/megatron.py
 class Settings:
     """What changes memory beside shape and layout."""
 
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     cpu_offload: bool = False  # optimizer.cpu_offload: master weights and moments in the host's memory
     fused_adam: bool = False  # from Transformer Engine or apex; torch's keeps one more copy of the second moment for a moment
 
@@ -150,7 +150,7 @@ def training_pass(shape: Shape, row: Row, num_rows: int, parallel: ParallelConfi
     whole = min(pp - stage, num_rows)  # rows whose first or last part is on this stage
     kept += whole * saved.entry if is_first else whole * saved.layer_input
     kept += saved.head if is_last else 0.0
-    logits = logits_workspace(shape, parallel, cost) if is_last else 0.0
+    logits = logits_workspace(shape, row, parallel, cost) if is_last else 0.0
     workspace = max(logits, layer_workspace(shape, row, parallel, cost))
     return Pass(kept + workspace - logits, whole * saved.vision if is_first else 0.0, logits)
 
@@ -263,7 +263,16 @@ def _rank_memory(
         rollout = fitting_decoding(policy, workload, prompts, parallel, settings.cost, room)
         phases["rollout"] = rollout.total
     lost = overhead.fixed + overhead.fragmentation * (resident + max(phases.values()))
-    return Memory(stage, *states, *passes.values(), rollout, lost, phases)
+    return Memory(
+        stage,
+        policy=states[0],
+        discriminator=states[1],
+        policy_pass=passes["policy update"],
+        discriminator_pass=passes["discriminator update"],
+        decoding=rollout,
+        overhead=lost,
+        phases=phases,
+    )
 
 
 def fitting_decoding(
