@@ -25,8 +25,8 @@ class Recompute(StrEnum):
 
 
 class Attention(StrEnum):
-    flex = "flex"  # on a GPU: keeps the rotated queries and keys, the values, the output and a number a head
-    split = "split"  # on a CPU: keeps gathered, padded copies
+    gpu = "gpu"  # FlexAttention keeps the rotated queries and keys, the values, the output and a number a head
+    cpu = "cpu"  # the batches of engine/attention.py keep gathered copies
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Cost:
 
     value_bytes: int = 2  # bf16; 4: fp32
     recompute: Recompute = Recompute.none
-    attention: Attention = Attention.flex
+    attention: Attention = Attention.gpu
     vision_is_trained: bool = True
     expert_imbalance: float = 1.0  # the busiest rank's routed tokens over the mean
 
@@ -109,7 +109,7 @@ def _attention(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> 
         head_norms = tokens * (normed + FP32 * (query + key))
     statistics = tokens * FP32 * heads
     out = tokens * b * query
-    if cost.attention is Attention.split:
+    if cost.attention is Attention.cpu:
         core = tokens * b * query + 2 * keys / cp * b * key + out + statistics  # gathered copies, the batches' own output
     else:
         values = 0.0 if cost.is_fp32 else tokens * joint

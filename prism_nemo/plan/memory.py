@@ -158,7 +158,7 @@ def training_pass(shape: Shape, row: Row, num_rows: int, parallel: ParallelConfi
 def core_attention(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:
     """What selective recompute saves of a layer: the attention's own output and statistics (queries and keys stay)."""
     tokens = row.tokens / parallel.context_parallel_size
-    copies = 1 if cost.attention is Attention.split else 0  # FlexAttention's output is the next layer's input, which stays
+    copies = 1 if cost.attention is Attention.cpu else 0  # FlexAttention's output is the next layer's input, which stays
     width = copies * cost.value_bytes * shape.query_width + FP32 * shape.num_heads
     return tokens * width / parallel.tensor_model_parallel_size
 
@@ -173,7 +173,7 @@ def _rows_in_flight(stage: int, pp: int, chunks: int, num_rows: int) -> float:
 
 def decoding(shape: Shape, workload: Workload, sequences: int, parallel: ParallelConfig, cost: Cost) -> Decoding:
     """`MegatronEngine`'s caches for so many sequences decoded at once: prompts once, responses in a doubling buffer."""
-    tp, b = parallel.tensor_model_parallel_size, FP32 if cost.attention is Attention.split else cost.value_bytes
+    tp, b = parallel.tensor_model_parallel_size, FP32 if cost.attention is Attention.cpu else cost.value_bytes
     prompts = ceil(sequences / workload.rollouts)
     capacity = _FIRST_CAPACITY
     while capacity < workload.response_tokens:

@@ -128,7 +128,7 @@ def predict(case: Case) -> dict[str, float]:
     settings = Settings(
         Cost(
             value_bytes=2 if case.precision == "bf16" else 4,
-            attention=Attention.split,
+            attention=Attention.cpu,
             vision_is_trained=not case.freeze_vision,
         )
     )
