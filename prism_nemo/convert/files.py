@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,31 @@ def check_index(directory: Path, stored: Iterable[str]) -> None:
             )
 
 
-def open_weights(path: Path) -> Any:
-    """A lazily read safetensors file (a context manager); CheckpointError when it is cut short or something else."""
+@dataclass(frozen=True)
+class StoredWeight:
+    """One tensor of a safetensors file: `start` is the byte of the file at which its values begin."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: F32, BF16, …
+
+
+def read_weights_header(path: Path) -> dict[str, StoredWeight]:
+    """The tensors of a safetensors file by name; CheckpointError when it is cut short or something else.
+
+    The library checks the header; where values lie is then read from it, so that they can be read without mapping the file, whose
+    pages would count as this process's memory.
+    """
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: StoredWeight(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+            for name, entry in header.items()
+        }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"not a whole safetensors file ({error})",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,30 +19,33 @@ from torch import Tensor
 from prism_nemo.convert.files import (
     INDEX_FILE,
     WEIGHTS_FILE,
-    check_index,
-    open_weights,
     read_json,
     save_weights,
-    shortened,
     sync,
-    weight_files,
     write_json,
 )
+from prism_nemo.convert.hf_reader import HFReader, has_score_head
 from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import (
-    HF_SCORE_HEAD,
     MODEL_TYPES,
     Config,
-    ExpertLayout,
     ParameterMapping,
-    Shape,
     check_expert_layouts_differ,
-    hf_shapes,
     hub_config,
-    is_moe_layer,
     mappings,
 )
 from prism_nemo.errors import CheckpointError
+
+__all__ = [
+    "HFReader",
+    "HFWriter",
+    "copy_assets",
+    "export_tensors",
+    "has_score_head",
+    "hf_assets_directory",
+    "import_tensors",
+    "load_model_config",
+]
 
 CONFIG_FILE = "config.json"
 ASSET_FILES = (  # what `copy_assets` carries along besides config.json: never weights, never code
@@ -60,121 +62,6 @@ ASSET_FILES = (  # what `copy_assets` carries along besides config.json: never w
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-_BARE_PREFIXES = ("language_model.", "visual.")  # as transformers saves the model without its language-model head
-_EMBEDDING, _OUTPUT = "model.language_model.embed_tokens.weight", "lm_head.weight"
-
-
-class HFReader:
-    """The weights of a HuggingFace directory, by the Hub's names: one file, or several with an index. Reads lazily.
-
-    Raises CheckpointError when there are no weights, when a file is missing, cut short or not safetensors, or when the index and
-    the files disagree. Tensors come as they are stored, on the CPU.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._entries: dict[str, tuple[Any, str]] = {}  # Hub name -> open file, name in it
-        with ExitStack() as stack:
-            for path in weight_files(directory):
-                file = stack.enter_context(open_weights(path))
-                for stored in file.keys():  # noqa: SIM118 (not a dict)
-                    name = f"model.{stored}" if stored.startswith(_BARE_PREFIXES) else stored
-                    if name in self._entries:
-                        raise CheckpointError(f"`{name}` is stored twice", where=str(path), remedy="a complete, fresh copy")
-                    self._entries[name] = (file, stored)
-            check_index(directory, [stored for _, stored in self._entries.values()])
-            self._stack = stack.pop_all()
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._entries)
-
-    def shape(self, name: str) -> Shape:
-        file, stored = self._entries[name]
-        return tuple(file.get_slice(stored).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """As safetensors names it: F32, BF16, …"""
-        file, stored = self._entries[name]
-        return str(file.get_slice(stored).get_dtype())
-
-    def get(self, name: str) -> Tensor:
-        """The whole tensor."""
-        file, stored = self._entries[name]
-        return file.get_tensor(stored)
-
-    def get_slice(self, name: str, index: int) -> Tensor:
-        """`get(name)[index]`, reading no more than that."""
-        file, stored = self._entries[name]
-        return file.get_slice(stored)[index]
-
-    def expert_layout(self, config: Config) -> ExpertLayout:
-        """How the experts are laid out, by the shapes of one layer's two tensors; CheckpointError when they fit no layout.
-
-        One matrix alone can be square and tell nothing; both never are (hidden = 2 x width and hidden = width), so that the pair
-        always tells, whatever version config.json names. A model without experts has the Hub's layout.
-        """
-        config = hub_config(config)
-        layers = (layer for layer in range(config["text_config"]["num_hidden_layers"]) if is_moe_layer(config, layer))
-        layer = next(layers, None)
-        if layer is None:
-            return ExpertLayout.hub
-        names = [f"model.language_model.layers.{layer}.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
-        if not set(names) <= self.names:
-            return ExpertLayout.hub  # `check` lists what is missing
-        found = [self.shape(name) for name in names]
-        for layout in ExpertLayout:
-            expected = hf_shapes(config, layout)
-            if found == [expected[name] for name in names]:
-                return layout
-        raise CheckpointError(
-            f"experts with gate_up_proj {list(found[0])} and down_proj {list(found[1])} have neither of the two known layouts",
-            where=f"{self.directory}: language layer {layer}",
-            remedy="weights that belong to this config.json, all experts written by one tool",
-        )
-
-    def check(self, config: Config, *, score_head: bool = False) -> ExpertLayout:
-        """Hold the directory to the model's declaration and return its expert layout; CheckpointError lists what does not fit."""
-        layout = self.expert_layout(config)
-        expected = hf_shapes(config, layout, score_head=score_head)
-        found = self.names
-        if {_OUTPUT, _EMBEDDING} <= found and _OUTPUT not in expected:
-            self._check_tied()
-            found.discard(_OUTPUT)
-        problems = [
-            *(f"missing: {name}" for name in sorted(expected.keys() - found)),
-            *(f"unexpected: {name}" for name in sorted(found - expected.keys())),
-            *(
-                f"{name}: shape {list(self.shape(name))}, expected {list(shape)}"
-                for name, shape in expected.items()
-                if name in found and self.shape(name) != shape
-            ),
-        ]
-        if problems:
-            raise CheckpointError(
-                f"the weights do not fit config.json ({len(problems)} problems):\n  " + shortened(problems),
-                where=str(self.directory),
-                remedy=_remedy(expected.keys() - found, found - expected.keys()),
-            )
-        return layout
-
-    def _check_tied(self) -> None:
-        """Some tools store the output matrix of a tied model as well. It must then be the embedding."""
-        if not torch.equal(self.get(_OUTPUT), self.get(_EMBEDDING)):
-            raise CheckpointError(
-                "config.json ties the embeddings, but the weights have an output matrix of their own",
-                where=f"{self.directory}: {_OUTPUT}",
-                remedy='"tie_word_embeddings": false in config.json, if the matrix is meant',
-            )
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def __enter__(self) -> HFReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 class HFWriter:
@@ -332,11 +219,6 @@ def copy_assets(source: Path, target: Path, *, config: Config | None = None, dty
             shutil.copyfile(assets / name, target / name)
 
 
-def has_score_head(reader: HFReader) -> bool:
-    """Whether the directory holds a discriminator."""
-    return HF_SCORE_HEAD in reader.names
-
-
 def _fuse(mapping: ParameterMapping, get_full: Callable[[str], Tensor]) -> Tensor:
     """All experts in one tensor, filled one by one: a list to stack would hold them twice."""
     fused: Tensor | None = None
@@ -347,14 +229,6 @@ def _fuse(mapping: ParameterMapping, get_full: Callable[[str], Tensor]) -> Tenso
         fused[index] = part
     assert fused is not None, "a layer without experts"
     return fused
-
-
-def _remedy(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    if _OUTPUT in missing:
-        return '"tie_word_embeddings": true in config.json, if the model has no output matrix of its own'
-    if HF_SCORE_HEAD in unexpected:
-        return "the directory holds a discriminator; give the policy's"
-    return "the config.json that belongs to these weights; quantised weights are not supported"
 
 
 def _shard_path(directory: Path, number: int) -> Path:

@@ -7,7 +7,7 @@ dtype, and lose no bit. What they return may share memory with what they were gi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from prism_nemo.errors import LayoutError
 
 
-class Op(Protocol):
+class Op(Hashable, Protocol):
     """How a full Megatron tensor is made of HuggingFace tensors. `to_hf` is the exact inverse of `to_megatron`."""
 
     def to_megatron(self, *tensors: Tensor) -> Tensor: ...

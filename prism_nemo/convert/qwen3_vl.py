@@ -46,6 +46,7 @@ class ExpertLayout(str, Enum):
 
     hub = "hub"  # gate_up [E, H, 2I], down [E, I, H]: Hub checkpoints, transformers 4.57, vLLM
     transformers5 = "transformers5"  # gate_up [E, 2I, H], down [E, H, I]: what transformers 5 saves
+    separate = "separate"  # experts.{e}.gate_proj, up_proj [I, H], down_proj [H, I]: one tensor each
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,30 @@ def _experts(text: Config, layer: int, layout: ExpertLayout) -> list[ParameterMa
             fused=True,
         )
 
-    return [
+    common = [
         _copy(f"{megatron}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", (hidden,)),
         _copy(f"{megatron}.mlp.router.weight", f"{hf}.mlp.gate.weight", (experts, hidden)),
+    ]
+    if layout == ExpertLayout.separate:
+        return [*common, *(row for expert in range(experts) for row in _separate_expert(hf, megatron, expert, hidden, width))]
+    return [
+        *common,
         fused("linear_fc1", "gate_up_proj", 2 * width, hidden, GatedColumn()),
         fused("linear_fc2", "down_proj", hidden, width, Row()),
+    ]
+
+
+def _separate_expert(hf: str, megatron: str, expert: int, hidden: int, width: int) -> list[ParameterMapping]:
+    hf, megatron = f"{hf}.mlp.experts.{expert}", f"{megatron}.mlp.experts"
+    return [
+        ParameterMapping(
+            (f"{megatron}.linear_fc1.weight{expert}",),
+            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            ((width, hidden), (width, hidden)),
+            GateUp(),
+            GatedColumn(),
+        ),
+        _copy(f"{megatron}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", (hidden, width), Row()),
     ]
 
 

@@ -1,0 +1,52 @@
+"""The manifest of a model's checkpoint folder: every file and its size. It tells a truncated copy from a whole one.
+
+The same file as `engine.checkpoint.seal` writes, for what does without Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prism_nemo.convert.files import sync
+from prism_nemo.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def seal(directory: Path) -> None:
+    """Writes the manifest; the last thing that goes into the folder."""
+    files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file()}
+    (directory / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync(directory / MANIFEST)
+
+
+def problems(directory: Path) -> list[str]:
+    """What differs from the manifest, one line each; empty when the folder is whole."""
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return ["it has no manifest"]
+    try:
+        files = json.loads(manifest.read_text())
+        sizes = {name: int(size) for name, size in files.items()}
+    except (ValueError, AttributeError, TypeError):
+        return ["its manifest is not JSON"]
+    found = []
+    for name, size in sizes.items():
+        file = directory / name
+        if not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            found.append(f"{name} is {file.stat().st_size} bytes, it had {size}")
+    return found
+
+
+def check(directory: Path) -> None:
+    """CheckpointError when a file that was written is missing or has another size."""
+    found = problems(directory)
+    if found:
+        raise CheckpointError(
+            f"the checkpoint is incomplete: {found[0]}",
+            where=str(directory),
+            remedy="use an earlier checkpoint, or copy this one again",
+        )

@@ -1,0 +1,219 @@
+"""Files that are planned byte by byte before the first is written: how they are written, checked, and found again after a kill.
+
+A target directory is prepared in `.<name>.partial` beside it, which holds `content/` and a journal: what is being written
+(`plan.json`), and for each finished file the checksums of its parts. The directory takes its name by one rename, when everything
+is on disk. A rerun of the same conversion keeps the files whose checksums still hold; another conversion starts anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prism_nemo.convert.files import sync
+from prism_nemo.convert.pieces import Files, Literal, Piece, Run, Runs, byte_chunks, copy_pieces, write_all
+from prism_nemo.convert.ranks import Ranks
+from prism_nemo.convert.torch_zip import TensorArchive
+from prism_nemo.errors import CheckpointError
+from prism_nemo.run_directory import write_atomically
+
+THREADS = 2  # of each rank: one reads while the other writes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A part of a file: `nbytes` bytes made of pieces, at byte `offset`, within an archive where there is one."""
+
+    offset: int
+    nbytes: int
+    pieces: Callable[[], Sequence[Piece | Literal]]
+    archive: TensorArchive | None = None
+
+    @property
+    def data_offset(self) -> int:
+        return self.offset + (self.archive.data_offset if self.archive is not None else 0)
+
+
+@dataclass(frozen=True)
+class TargetFile:
+    """A file to be written: a header, and slots that do not overlap."""
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    header: bytes = b""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file that is being checked, as something to read from."""
+
+    path: Path
+    start: int = 0
+
+
+def write_slot(target: int, slot: Slot, files: Files) -> int:
+    """Writes a slot into an open file; returns the CRC-32 of its bytes."""
+    crc = copy_pieces(slot.pieces(), files, target, slot.data_offset)
+    if slot.archive is not None:
+        before, after = slot.archive.render(crc)
+        write_all(target, before, slot.offset)
+        write_all(target, after, slot.data_offset + slot.nbytes)
+    return crc
+
+
+class Staging:
+    """The hidden directory beside a target in which it is made. One conversion at a time has it: the kernel holds its lock."""
+
+    def __init__(self, target: Path, plan: dict[str, Any], ranks: Ranks, inside: Path = Path()) -> None:
+        """`inside`: the folder of the target that the files go to."""
+        self.target = target
+        self._inside = inside
+        self.folder = target.with_name(f".{target.name}.partial")
+        self.content = self.folder / "content"
+        self._journal = self.folder / "journal"
+        self._plan = json.loads(json.dumps(plan))
+        self._ranks = ranks
+
+    @contextmanager
+    def open(self) -> Iterator[bool]:
+        """Takes the directory; yields False when an earlier run has finished all but the tidying up. A collective."""
+        lock = -1
+        try:
+            needed = True
+            with self._ranks.together():
+                if self._ranks.rank == 0:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    lock = self._lock()
+                    needed = self._prepare()
+            yield self._ranks.gather(needed)[0]
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+    def _lock(self) -> int:
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise CheckpointError(
+                "another process is converting to this target", where=str(self.target), remedy="wait for it, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
+    def _prepare(self) -> bool:
+        """Keeps what belongs to this very conversion. False when the target is there, made by it."""
+        file = self.folder / "plan.json"
+        try:
+            earlier = json.loads(file.read_text())
+        except (OSError, ValueError):
+            earlier = None
+        if is_taken(self.target):
+            finished = earlier == self._plan and not self.content.exists()
+            if finished or earlier is None:
+                shutil.rmtree(self.folder)
+            if finished:
+                return False
+            refuse_existing(self.target)
+        if earlier != self._plan:
+            for old in (file, self._journal, self.content):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            write_atomically(file, json.dumps(self._plan))
+        for folder in (self._journal, self.content / self._inside):
+            folder.mkdir(parents=True, exist_ok=True)
+        return True
+
+    def write(self, files: Sequence[TargetFile], source: Files) -> int:
+        """Writes this rank's share of the files; returns how many of all ranks' were there already. A collective."""
+        kept = 0
+        with self._ranks.together(), ThreadPoolExecutor(THREADS) as pool:
+            finishing: list[Future[None]] = []
+            for file in files[self._ranks.rank :: self._ranks.size]:
+                if self._is_whole(file, pool):
+                    kept += 1
+                    continue
+                (self._journal / file.name).unlink(missing_ok=True)
+                target = os.open(self.content / self._inside / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                crcs = self._fill(target, file, source, pool)
+                finishing.append(pool.submit(self._finish, target, file, crcs))
+            for future in finishing:
+                future.result()
+        return sum(self._ranks.gather(kept))
+
+    def _fill(self, target: int, file: TargetFile, source: Files, pool: ThreadPoolExecutor) -> list[int]:
+        write_all(target, file.header, 0)
+        order = sorted(range(len(file.slots)), key=lambda number: -file.slots[number].nbytes)  # the largest first: even shares
+        crcs = [0] * len(order)
+        for number, crc in zip(order, pool.map(lambda at: write_slot(target, file.slots[at], source), order), strict=True):
+            crcs[number] = crc
+        return crcs
+
+    def _finish(self, target: int, file: TargetFile, crcs: list[int]) -> None:
+        """Has the file on disk, and only then in the journal."""
+        try:
+            os.ftruncate(target, file.size)
+            os.fsync(target)
+        finally:
+            os.close(target)
+        write_atomically(self._journal / file.name, json.dumps(crcs))
+
+    def _is_whole(self, file: TargetFile, pool: ThreadPoolExecutor) -> bool:
+        """Whether an earlier run finished the file, and every byte of it still is what was written."""
+        path = self.content / self._inside / file.name
+        try:
+            crcs = json.loads((self._journal / file.name).read_text())
+            if path.stat().st_size != file.size or len(crcs) != len(file.slots):
+                return False
+        except (OSError, ValueError):
+            return False
+        files = Files()
+        try:
+            if files.read(path, 0, len(file.header)) != file.header:
+                return False
+            return all(pool.map(lambda slot, crc: _holds(path, slot, crc, files), file.slots, crcs))
+        finally:
+            files.close()
+
+    def publish(self) -> None:
+        """Gives the directory its name. Only the first rank calls it, when all have written."""
+        for path in [*self.content.rglob("*"), self.content]:
+            sync(path)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.content.rename(self.target)
+        sync(self.target.parent)
+        shutil.rmtree(self.folder)
+
+
+def _holds(path: Path, slot: Slot, crc: int, files: Files) -> bool:
+    found = 0
+    for chunk in byte_chunks([Runs((Run(_Written(path), slot.data_offset, slot.nbytes),))], files):
+        found = zlib.crc32(chunk, found)
+    if found != crc:
+        return False
+    if slot.archive is None:
+        return True
+    before, after = slot.archive.render(crc)
+    around = (slot.offset, before), (slot.data_offset + slot.nbytes, after)
+    return all(files.read(path, offset, len(content)) == content for offset, content in around)
+
+
+def is_taken(target: Path) -> bool:
+    """Whether something is at the path that a conversion must not replace: anything but an empty directory."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+def refuse_existing(target: Path) -> None:
+    if is_taken(target):
+        raise CheckpointError("the target exists", where=str(target), remedy="choose another --out, or remove it")

@@ -1,0 +1,326 @@
+"""Megatron's `torch_dist` checkpoints without Megatron: torch.distributed.checkpoint's files, `common.pt` and `metadata.json`.
+
+Reading goes through the checkpoint's own index, so that any layout it was saved at will do, and unpickles nothing but that
+index's plain types. Tensors are never loaded here: they are bytes of `.distcp` files.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from prism_nemo.convert.files import sync, write_json
+from prism_nemo.convert.pieces import Computed, Files, Piece, Run, Runs, memory_of
+from prism_nemo.convert.torch_zip import locate_tensor
+from prism_nemo.errors import CheckpointError
+
+METADATA = ".metadata"  # the index, written last by torch
+COMMON = "common.pt"
+CONFIG = "metadata.json"
+CONTENT = "content_metadata"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's index: its own types, and no code of anybody else's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("megatron.core.dist_checkpointing.") and name in ("MCoreMetadata", "MCoreSavePlan"):
+            return {"MCoreMetadata": Metadata, "MCoreSavePlan": OrderedDict}[name]
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One saved chunk of a tensor: where it lies in the whole, and where in which file its archive is."""
+
+    path: Path
+    archive_offset: int
+    archive_length: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @cached_property
+    def start(self) -> int:
+        """The byte of the file at which the chunk's values begin; CheckpointError when it is not such an archive."""
+        try:
+            with self.path.open("rb") as file, _Slice(file, self.archive_offset, self.archive_length) as archive:
+                return self.archive_offset + locate_tensor(archive, self.sizes, self.dtype)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"a tensor cannot be read ({error})",
+                where=f"{self.path}, byte {self.archive_offset}",
+                remedy="copy the checkpoint again, or use an earlier one",
+            ) from error
+
+
+class _Slice(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = max(0, (0, self._position, self._length)[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._position))
+        self._file.seek(self._start + self._position)
+        content = self._file.read(count)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of the checkpoint. `shape` may begin with axes for layers and experts."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Stored, ...]
+
+    @cached_property
+    def _by_index(self) -> dict[int, dict[tuple[int, ...], list[Stored]]]:
+        """For each number of leading axes, the chunks that hold each index along them."""
+        return {}
+
+    def _holding(self, index: tuple[int, ...]) -> list[Stored]:
+        depth = len(index)
+        if depth not in self._by_index:
+            table: dict[tuple[int, ...], list[Stored]] = defaultdict(list)
+            for chunk in self.chunks:
+                leading = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+                for held in itertools.product(*(range(offset, offset + size) for offset, size in leading)):
+                    table[held].append(chunk)
+            self._by_index[depth] = table
+        return self._by_index[depth].get(index, [])
+
+    def pieces(self, index: tuple[int, ...], first: int, last: int, files: Files) -> list[Piece]:
+        """Rows `first` to `last` (exclusive) of the tensor at `index` of the leading axes.
+
+        CheckpointError when the chunks do not cover them.
+        """
+        depth = len(index)
+        row_shape = self.shape[depth + 1 :]
+        row_bytes = prod(row_shape) * self.dtype.itemsize
+        chunks = sorted(self._holding(index), key=lambda chunk: chunk.offsets)
+        chunks = [chunk for chunk in chunks if chunk.offsets[depth] < last and chunk.offsets[depth] + chunk.sizes[depth] > first]
+        if any(chunk.sizes[depth + 1 :] != row_shape for chunk in chunks):
+            shape = (last - first, *row_shape)
+            return [Computed((last - first) * row_bytes, lambda: self._assembled(index, first, chunks, shape, files))]
+        runs, row = [], first
+        for chunk in chunks:
+            start, end = chunk.offsets[depth], chunk.offsets[depth] + chunk.sizes[depth]
+            if start > row:
+                break
+            if end > row:
+                skipped = _before(chunk, index) * chunk.sizes[depth] + row - start
+                runs.append(Run(chunk, skipped * row_bytes, (min(end, last) - row) * row_bytes))
+                row = min(end, last)
+        if row < last:
+            raise self._incomplete()
+        return [Runs(tuple(runs))]
+
+    def _assembled(
+        self, index: tuple[int, ...], first: int, chunks: Sequence[Stored], shape: tuple[int, ...], files: Files
+    ) -> Tensor:
+        """Rows that are cut across, as tensor-parallel ranks save them."""
+        depth, result = len(index), torch.empty(shape, dtype=self.dtype)
+        filled = 0
+        for chunk in chunks:
+            part = torch.empty(chunk.sizes[depth:], dtype=self.dtype)
+            position = chunk.start + _before(chunk, index) * part.nbytes
+            files.read_into(chunk.path, memory_of(part), position)
+            target, source = [], []
+            for axis, (offset, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
+                base = first if axis == 0 else 0
+                low, high = max(offset, base), min(offset + size, base + shape[axis])
+                target.append(slice(low - base, high - base))
+                source.append(slice(low - offset, high - offset))
+            cut = part[tuple(source)]
+            result[tuple(target)] = cut
+            filled += cut.numel()
+        if filled != result.numel():
+            raise self._incomplete()
+        return result
+
+    def _incomplete(self) -> CheckpointError:
+        return CheckpointError(f"the checkpoint holds only parts of `{self.key}`", remedy="a complete copy of the checkpoint")
+
+
+def _before(chunk: Stored, index: tuple[int, ...]) -> int:
+    """How many tensors of the leading axes lie in the chunk before the one at `index`."""
+    position = 0
+    for at, offset, size in zip(index, chunk.offsets[: len(index)], chunk.sizes[: len(index)], strict=True):
+        position = position * size + at - offset
+    return position
+
+
+class TorchDistCheckpoint:
+    """The tensors of a `torch_dist` checkpoint by key. Raises CheckpointError for what is not one, or not whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        metadata = self._read_index()
+        self.objects = {key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
+        places: dict[str, list[tuple[MetadataIndex, Any]]] = defaultdict(list)
+        for index, info in (metadata.storage_data or {}).items():
+            places[index.fqn].append((index, info))
+        self.tensors: dict[str, StoredTensor] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+            dtype = entry.properties.dtype
+            chunks = tuple(
+                Stored(self._file(info), info.offset, info.length, offsets, sizes[offsets], dtype)
+                for offsets, info in ((tuple(index.offset or ()), info) for index, info in places[key])
+                if offsets in sizes
+            )
+            self.tensors[key] = StoredTensor(key, tuple(entry.size), dtype, chunks)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({chunk.path for tensor in self.tensors.values() for chunk in tensor.chunks})
+
+    def _read_index(self) -> Metadata:
+        path = self.directory / METADATA
+        try:
+            with path.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+        except FileNotFoundError as error:
+            raise CheckpointError("there is no checkpoint", where=str(self.directory), remedy="a torch_dist folder") from error
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError) as error:
+            raise CheckpointError(f"the checkpoint's index cannot be read ({error})", where=str(path)) from error
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError("the checkpoint's index is of another kind", where=str(path))
+        return metadata
+
+    def _file(self, info: Any) -> Path:
+        if Path(info.relative_path).name != info.relative_path:
+            raise CheckpointError(f"a file lies outside of the checkpoint: {info.relative_path}", where=str(self.directory))
+        if getattr(info, "transform_descriptors", None):
+            raise CheckpointError("the checkpoint's files are compressed or encrypted", where=str(self.directory))
+        return self.directory / str(info.relative_path)
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """One chunk for the index of a checkpoint that is being written. `place`: file, offset and length of its archive."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: tuple[str, int, int]
+
+
+def write_index(
+    directory: Path, tensors: Iterable[WrittenTensor], objects: Iterable[str], object_place: tuple[str, int, int]
+) -> None:
+    """Writes `.metadata`, `common.pt` and `metadata.json`, and has them on disk.
+
+    `objects` are keys that hold nothing (Megatron's extra states); one place serves them all.
+    """
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for tensor in tensors:
+        if tensor.key not in entries:
+            entries[tensor.key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), [])
+        chunks = entries[tensor.key].chunks
+        storage[MetadataIndex(tensor.key, tensor.offsets, len(chunks))] = _StorageInfo(*tensor.place)
+        chunks.append(ChunkStorageMetadata(torch.Size(tensor.offsets), torch.Size(tensor.sizes)))
+    for key in objects:
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo(*object_place)
+    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
+    (directory / METADATA).write_bytes(pickle.dumps(metadata))
+    torch.save({CONTENT: {"optimizer": False}}, directory / COMMON)
+    for name in (METADATA, COMMON):
+        sync(directory / name)
+    write_json(directory / CONFIG, _FORMAT)
+
+
+def empty_object() -> bytes:
+    """What Megatron stores for an extra state that holds nothing."""
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream.getvalue()
+
+
+def read_content(directory: Path) -> dict[str, Any]:
+    """What the writer noted about the checkpoint's content; empty when it noted nothing, or nothing plain."""
+    try:
+        common = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError):
+        return {}
+    content = common.get(CONTENT) if isinstance(common, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def is_torch_dist(directory: Path) -> bool:
+    """Whether Megatron would take the directory for a `torch_dist` checkpoint."""
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("sharded_backend") == "torch_dist"
