@@ -4,6 +4,9 @@ On the CPU ("split"): stretches of tokens causal on their own (a prefix; a prefi
 causal batch without a mask; the segments that share a prefix run as one batch over [prefix keys | own keys]. On a GPU the same
 mask goes to FlexAttention as a block mask. Both equal running every `prefix + segment` alone.
 
+Under context parallelism every rank holds a part of the row's tokens: keys and values are gathered, and each rank's own queries
+see them under the same mask.
+
 Shape legend: T tokens of a row, H query heads, G key/value heads, D head dimension.
 """
 
@@ -15,10 +18,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from prism_nemo.packing.rows import RowLayout
+from prism_nemo.packing.shards import RowShard
 
 _MAX_MASK_ELEMENTS = 1 << 26  # one batch of segments; larger ones are cut, which changes nothing but memory
 
@@ -56,10 +62,15 @@ def _ranges(starts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class RowAttention:
-    """The attention pattern of one packed row. Built once a row, used by every layer."""
+    """The attention pattern of one packed row. Built once a row, used by every layer.
+
+    With a `shard` the queries, keys and values are those of its tokens, and `cp_group` are the ranks that hold the others.
+    """
 
     layout: RowLayout
     device: torch.device
+    shard: RowShard | None = None
+    cp_group: dist.ProcessGroup | None = None
 
     @cached_property
     def _plan(self) -> tuple[list[_Batch], Tensor]:
@@ -117,19 +128,55 @@ class RowAttention:
         """The same pattern for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        return create_block_mask(
-            self.mask_function(), None, None, self.layout.length, self.layout.length, device=str(self.device)
-        )
+        visible, length = self.mask_function(), self.layout.length
+        if self.shard is None:
+            return create_block_mask(visible, None, None, length, length, device=str(self.device))
+        tokens = self.shard.tokens
+
+        def visible_from_shard(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return visible(batch, head, tokens[query], key)
+
+        return create_block_mask(visible_from_shard, None, None, tokens.numel(), length, device=str(self.device))
 
     def __call__(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float) -> Tensor:
-        """Attention output [T, H, D]; padding tokens get zeros on the CPU and see one another on a GPU (nothing reads them)."""
+        """Attention output [T, H, D], T: this rank's tokens. Nothing reads padding tokens; they get zeros or see one another."""
+        if self.shard is not None:
+            key_TGD, value_TGD = self._gather(torch.cat([key_TGD, value_TGD], dim=-1)).chunk(2, dim=-1)
         if query_THD.is_cuda:
             return self._flex(query_THD, key_TGD, value_TGD, scale)
+        if self.shard is not None:
+            return self._masked(query_THD, key_TGD, value_TGD, scale)
         batches, place = self._plan
         outputs = [batch.run(query_THD, key_TGD, value_TGD, scale) for batch in batches]
         if self.layout.padding:
             outputs.append(query_THD.new_zeros(1, *query_THD.shape[1:]))
         return torch.cat(outputs).index_select(0, place)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """[T / ranks, ...] of this rank's tokens -> [T, ...] in the row's order; gradients are summed over the ranks."""
+        assert self.shard is not None
+        return gather_from_sequence_parallel_region(tensor, group=self.cp_group).index_select(0, self.shard.row_order)
+
+    def _masked(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float) -> Tensor:
+        """The shard's queries against the whole row, under the mask written out; a bounded number of queries at a time."""
+        assert self.shard is not None
+        visible, zero = self.mask_function(), torch.zeros((), dtype=torch.int64)
+        keys = torch.arange(self.layout.length, device=self.device)
+        key, value = key_TGD.transpose(0, 1).unsqueeze(0), value_TGD.transpose(0, 1).unsqueeze(0)
+        size = max(1, _MAX_MASK_ELEMENTS // self.layout.length)
+        outputs = []
+        for tokens, query in zip(self.shard.tokens.split(size), query_THD.split(size), strict=True):
+            mask = visible(zero, zero, tokens.unsqueeze(1), keys.unsqueeze(0))
+            out = F.scaled_dot_product_attention(
+                query.transpose(0, 1).unsqueeze(0),
+                key,
+                value,
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs)
 
     def _flex(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float) -> Tensor:
         query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_THD, key_TGD, value_TGD))

@@ -17,7 +17,7 @@ import json
 import queue
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
 from prism_nemo.errors import CheckpointError
@@ -41,7 +42,7 @@ class Checkpointed(Protocol):
     """What a checkpoint holds of a model."""
 
     @property
-    def module(self) -> Any: ...
+    def chunks(self) -> Sequence[Any]: ...
 
     @property
     def optimizer(self) -> ModelOptimizer | None: ...
@@ -55,19 +56,24 @@ def is_model_checkpoint(directory: Path) -> bool:
     return (directory / MANIFEST).is_file() or (directory / ".metadata").is_file()
 
 
-def save_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -> None:
+def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None) -> None:
     """Writes one model's torch_dist checkpoint into a new directory. A collective; the manifest is `seal`'s.
 
     An optimizer that has not taken a step (a frozen discriminator's) has nothing to save.
     """
     directory.mkdir(parents=True, exist_ok=True)
     metadata = _metadata()
-    state = {"model": module.sharded_state_dict(metadata=metadata)}
+    state = _sharded_state(model, metadata)
     with_optimizer = optimizer is not None and optimizer.has_stepped
     if optimizer is not None and with_optimizer:
-        state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], metadata=metadata)
+        state["optimizer"] = optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata)
     _use_local_results_queue()
     dist_checkpointing.save(state, str(directory), content_metadata={_WITH_OPTIMIZER: with_optimizer})
+
+
+def _sharded_state(model: Chunks, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Every chunk's weights. Keys on disk count layers through the whole model; the names of the chunks do not get there."""
+    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks_of(model))}
 
 
 def _use_local_results_queue() -> None:
@@ -79,20 +85,20 @@ def _use_local_results_queue() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def load_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -> None:
+def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None) -> None:
     """Loads weights, and with `optimizer` its state too, saved at any layout. A collective.
 
     Raises CheckpointError when files are missing or have another size than when they were written.
     """
     check_manifest(directory)
     metadata = _metadata()
-    state = {"model": module.sharded_state_dict(metadata=metadata)}
+    state = _sharded_state(model, metadata)
     try:
         content = dist_checkpointing.load_content_metadata(str(directory))
         with_optimizer = optimizer is not None and content[_WITH_OPTIMIZER]
         if optimizer is not None and with_optimizer:
             optimizer.prepare_for_loading()
-            state["optimizer"] = optimizer.optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
+            state["optimizer"] = optimizer.optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
         loaded = dist_checkpointing.load(state, str(directory))
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise CheckpointError(
@@ -100,7 +106,8 @@ def load_model(directory: Path, module: Any, optimizer: ModelOptimizer | None) -
             where=str(directory),
             remedy="use a checkpoint of this model, or an earlier one",
         ) from error
-    module.load_state_dict(loaded["model"])
+    for index, chunk in enumerate(chunks_of(model)):
+        chunk.load_state_dict(loaded[f"model{index}"])
     if optimizer is None:
         return
     if with_optimizer:
@@ -182,7 +189,7 @@ class CheckpointStore:
             staging.mkdir(parents=True)
         self.runtime.barrier()
         for name, model in models.items():
-            save_model(staging / name, model.module, model.optimizer)
+            save_model(staging / name, model.chunks, model.optimizer)
         torch.save(rng_state(), staging / f"rng_{self.runtime.rank}.pt")
         self.runtime.barrier()
         if self.runtime.is_main:
@@ -213,7 +220,7 @@ class CheckpointStore:
                 remedy=f"write the name of a complete step folder into {self.folder / LATEST}",
             )
         for name, model in models.items():
-            load_model(directory / name, model.module, model.optimizer)
+            load_model(directory / name, model.chunks, model.optimizer)
         trainer: dict[str, Any] = json.loads((directory / TRAINER).read_text())
         if trainer["world_size"] == self.runtime.world_size:
             set_rng_state(torch.load(directory / f"rng_{self.runtime.rank}.pt", weights_only=True))

@@ -151,8 +151,37 @@ def _fix_tensor_parallel_random(module: ModuleType) -> None:
     setattr(module, "_set_cuda_rng_state", lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))  # noqa: B010
 
 
+def _fix_tensor_parallel_mappings(module: ModuleType) -> None:
+    """gloo gathers and scatters equal parts only; experts cut over tensor-parallel ranks have as many tokens as come."""
+    gather_equal, scatter_equal = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gather(
+        tensor: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_equal(tensor, group, None, use_global_buffer)
+        padded = tensor.new_zeros(max(output_split_sizes), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter(
+        tensor: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_equal(tensor, group, None, use_global_buffer)
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    setattr(module, "_gather_along_first_dim", gather)  # noqa: B010
+    setattr(module, "_reduce_scatter_along_first_dim", reduce_scatter)  # noqa: B010
+
+
 _MODULE_FIXES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.tensor_parallel.random": _fix_tensor_parallel_random,
+    "megatron.core.tensor_parallel.mappings": _fix_tensor_parallel_mappings,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,10 +16,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from prism_nemo.config.schema import DecayStyle, OptimizerConfig, ParallelConfig
+from prism_nemo.engine.chunks import chunks_of
 
 
 def wrap_data_parallel(module: MegatronModule, parallel: ParallelConfig) -> DistributedDataParallel:
-    """The module with gradient buffers in fp32, summed (never averaged) over data-parallel ranks."""
+    """The module (one chunk) with gradient buffers in fp32, summed (never averaged) over data-parallel ranks."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -59,12 +61,19 @@ class StepResult:
 class ModelOptimizer:
     """AdamW with fp32 master weights and moments over a wrapped model; what is one-dimensional (biases, norms) does not decay."""
 
-    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, max_steps: int) -> None:
+    def __init__(
+        self,
+        model: DistributedDataParallel | Sequence[DistributedDataParallel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        max_steps: int,
+    ) -> None:
+        """`model`: the wrapped module, or under interleaved pipelining all chunks of this rank."""
         self.config = config
         self.max_steps = max_steps
-        self.model = model
+        self.chunks = list(chunks_of(model))
         self.has_stepped = False  # moments and step counters exist
-        bf16 = model.config.params_dtype == torch.bfloat16
+        dtype = self.chunks[0].config.params_dtype
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -75,11 +84,11 @@ class ModelOptimizer:
                 adam_beta2=config.adam_beta2,
                 adam_eps=config.adam_eps,
                 clip_grad=config.clip_grad,
-                bf16=bf16,
-                params_dtype=model.config.params_dtype,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
             ),
-            [model],
+            self.chunks,
         )
 
     def prepare_for_loading(self) -> None:
@@ -99,12 +108,13 @@ class ModelOptimizer:
         self.has_stepped = False
 
     def zero_grad(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def finalize_gradients(self) -> None:
         """Sums gradients over data-parallel ranks, and over tensor-parallel ones where a parameter is replicated."""
-        finalize_model_grads([self.model])
+        finalize_model_grads(self.chunks)
 
     def step(self, step: int) -> StepResult:
         """Clips by the global norm and updates; with a non-finite norm it leaves everything as it is."""

@@ -134,7 +134,8 @@ def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
         world_size=world_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        row_multiple=parallel.tensor_model_parallel_size,
+        row_multiple=parallel.tensor_model_parallel_size
+        * (2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1),
     )
 
 

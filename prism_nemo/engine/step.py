@@ -31,7 +31,7 @@ def scale_loss(loss: Tensor) -> Tensor:
 
 
 def run_rows(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     rows: Sequence[PackedRow],
     forward: Forward,
     loss_function: LossFunction | None,
@@ -39,7 +39,7 @@ def run_rows(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """Runs every row as one micro-batch and, unless `forward_only`, accumulates gradients.
+    """Runs every row as one micro-batch through this rank's chunks and, unless `forward_only`, accumulates gradients.
 
     Returns, on the last pipeline stage, one item per row: (loss, metrics) of `loss_function(row, output)`, or without a loss
     function the output of `forward(module, row)` itself. Ranks with fewer rows than others run empty ones, whose results are
@@ -48,17 +48,19 @@ def run_rows(
     count = runtime.max_over_data_parallel(len(rows))
     if count == 0:
         return []
-    width = model.module.shape.vision.patch_width
+    if len(model) > 1:  # interleaved chunks take micro-batches in turns of as many as there are stages
+        count += -count % model[0].module.config.pipeline_model_parallel_size
+    width = model[0].module.shape.vision.patch_width
     padding = [make_row([], pad_multiple=runtime.row_multiple, patch_size=width) for _ in range(count - len(rows))]
     results = _schedule(
-        model, iter([*rows, *padding]), forward, loss_function, runtime.device, num_microbatches=count, forward_only=forward_only
+        model, [*rows, *padding], forward, loss_function, runtime.device, num_microbatches=count, forward_only=forward_only
     )
     return results[: len(rows)]
 
 
 def _schedule(
-    model: DistributedDataParallel,
-    rows: Iterator[PackedRow],
+    model: Sequence[DistributedDataParallel],
+    rows: Sequence[PackedRow],
     forward: Forward,
     loss_function: LossFunction | None,
     device: torch.device,
@@ -66,20 +68,22 @@ def _schedule(
     num_microbatches: int,
     forward_only: bool,
 ) -> list[Any]:
-    def forward_step(iterator: Iterator[PackedRow], module: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+    def forward_step(iterator: Iterator[PackedRow], chunk: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
         row = next(iterator).to(device)
-        return forward(module, row), partial(finish, row)
+        output = forward(chunk, row)
+        if loss_function is None and chunk.module.post_process:  # Megatron wants a tensor, whatever is collected
+            return torch.zeros((), device=device), lambda _, non_loss_data: output
+        return output, partial(finish, row)
 
-    def finish(row: PackedRow, output: Any, non_loss_data: bool = False) -> Any:
-        if non_loss_data or loss_function is None:
-            return output
+    def finish(row: PackedRow, output: Any) -> Any:
+        assert loss_function is not None
         loss, metrics = loss_function(row, output)
         return scale_loss(loss), torch.zeros((), dtype=torch.int), (loss.detach(), metrics)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=rows,
-        model=[model],
+        data_iterator=[iter(rows) for _ in model],
+        model=list(model),
         num_microbatches=num_microbatches,
         seq_length=1,  # rows have variable lengths: Megatron exchanges shapes
         micro_batch_size=1,

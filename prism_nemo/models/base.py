@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,19 @@ class TrainableModel:
     name: str  # the model's folder in a checkpoint
 
     def __init__(
-        self, module: Qwen3VLModel, hf_config: Mapping[str, Any], assets: Path, parallel: ParallelConfig, runtime: Runtime
+        self,
+        chunks: Sequence[Qwen3VLModel],
+        hf_config: Mapping[str, Any],
+        assets: Path,
+        parallel: ParallelConfig,
+        runtime: Runtime,
     ) -> None:
+        """`chunks`: the whole model, or this pipeline rank's part of it (several parts when they are interleaved)."""
         self.hf_config = hf_config
         self.assets = assets
         self.parallel = parallel
         self.runtime = runtime
-        module.to(runtime.device)
-        self.ddp = wrap_data_parallel(module, parallel)
+        self.ddp = [wrap_data_parallel(chunk.to(runtime.device), parallel) for chunk in chunks]
         self._optimizer: ModelOptimizer | None = None
 
     @property
@@ -52,8 +57,13 @@ class TrainableModel:
         return self._optimizer
 
     @property
+    def chunks(self) -> list[Qwen3VLModel]:
+        return [wrapped.module for wrapped in self.ddp]
+
+    @property
     def module(self) -> Qwen3VLModel:
-        return self.ddp.module
+        """The first chunk: the only one, unless the pipeline is interleaved."""
+        return self.ddp[0].module
 
     def forward_row(self, module: torch.nn.Module, row: PackedRow) -> Any:
         raise NotImplementedError
@@ -68,10 +78,10 @@ class TrainableModel:
     # SupervisedInterface
 
     def prepare_for_training(self) -> None:
-        self.module.train()
+        self._train(True)
 
     def finish_training(self) -> None:
-        self.module.eval()
+        self._train(False)
 
     def prepare_for_training_step(self) -> None:
         """Zeroes the gradients."""
@@ -94,23 +104,30 @@ class TrainableModel:
         return self._optimizer.step(step)
 
     def prepare_for_validation_step(self) -> None:
-        self.module.eval()
+        self._train(False)
 
     def finish_validation_step(self) -> None:
-        self.module.train()
+        self._train(True)
 
     # Inferrable
 
     def prepare_for_inference(self) -> None:
-        self.module.eval()
+        self._train(False)
 
     def finish_inference(self) -> None:
-        self.module.train()
+        self._train(True)
+
+    def _train(self, mode: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
 
     def infer(self, rows: Sequence[PackedRow]) -> list[Any]:
-        """`forward_row` of every row, without gradients, in evaluation mode."""
+        """`forward_row` of every row, without gradients, in evaluation mode; on every pipeline stage."""
         with self.inference_mode():
-            return run_rows(self.ddp, rows, self.forward_row, None, self.runtime, forward_only=True)
+            outputs = run_rows(self.ddp, rows, self.forward_row, None, self.runtime, forward_only=True)
+        outputs = self.runtime.broadcast_from_last_stage(outputs)
+        assert isinstance(outputs, list)
+        return outputs
 
     @contextmanager
     def inference_mode(self) -> Iterator[None]:
@@ -121,7 +138,13 @@ class TrainableModel:
             with torch.no_grad():
                 yield
         finally:
-            self.module.train(training)
+            self._train(training)
+
+
+def build_chunks(build: Callable[[int | None], Qwen3VLModel], parallel: ParallelConfig) -> list[Qwen3VLModel]:
+    """This rank's part of a model: `build(vp_stage)` for every interleaved chunk, or once with None."""
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return [build(None)] if chunks is None else [build(index) for index in range(chunks)]
 
 
 def freeze(module: torch.nn.Module) -> None:

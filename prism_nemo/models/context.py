@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from prism_nemo.engine.attention import ImageAttention, RowAttention
 from prism_nemo.packing.groups import SegmentKind
 from prism_nemo.packing.rows import PackedRow
+from prism_nemo.packing.shards import RowShard
 
 PROMPT = -1  # token kinds below SegmentKind's
 PADDING = -2
@@ -48,13 +50,20 @@ class RouterStatistics:
 class RoutingContext:
     """What the experts' router needs: which group and kind every token has, and how the balancing loss is scaled."""
 
-    token_group: Tensor  # int64 [T]; -1 padding
+    token_group: Tensor  # int64 [T], of the tokens of this context-parallel rank; -1 padding
     token_kind: Tensor  # int64 [T]; SegmentKind, PROMPT or PADDING
     num_groups: int
     balance_coefficient: float = 0.0
     global_tokens: float = 1.0  # tokens of the whole batch, over micro-batches and ranks
     dedicated: bool = False  # a segment's tokens may reach only the expert pool of their kind
     statistics: RouterStatistics | None = None
+    cp_group: dist.ProcessGroup | None = None  # the ranks that hold the row's other tokens
+    counted: set[int] = field(default_factory=set)  # layers in `statistics`: recomputed activations must not count twice
+
+    def of_shard(self, shard: RowShard, cp_group: dist.ProcessGroup) -> RoutingContext:
+        """What the router on one context-parallel rank needs: its own tokens, and whom to ask about the others."""
+        group, kind = self.token_group[shard.tokens], self.token_kind[shard.tokens]
+        return replace(self, token_group=group, token_kind=kind, cp_group=cp_group)
 
 
 @dataclass
@@ -64,6 +73,7 @@ class RowContext:
     attention: RowAttention | ImageAttention | None
     routing: RoutingContext | None = None
     cache: KeyValueCache | None = None
+    shard: RowShard | None = None  # the tokens that this context-parallel rank holds; None: all
 
 
 def token_kinds(row: PackedRow) -> Tensor:

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Routing
 from prism_nemo.convert.hf import hf_assets_directory, load_model_config
-from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.checkpoint import is_model_checkpoint
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import ConfigError
-from prism_nemo.models.base import TrainableModel, freeze
-from prism_nemo.models.context import KIND_NAMES, RouterStatistics, RoutingContext, RowContext, token_kinds
+from prism_nemo.models.base import TrainableModel, build_chunks, freeze
+from prism_nemo.models.context import KIND_NAMES, RouterStatistics, RoutingContext, token_kinds
 from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
-from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.upcycle import upcycle, upcycled_config
 from prism_nemo.models.weights import canonical_parameters, load_weights
@@ -34,8 +32,10 @@ from prism_nemo.run_directory import resolve_model_directory
 class DiscriminatorModule(Qwen3VLModel):
     """`forward` gives the scores of a row's segments, fp32 [S], on the last pipeline stage."""
 
-    def __init__(self, shape: Qwen3VLShape, parallel: ParallelConfig, config: DiscriminatorConfig) -> None:
-        super().__init__(shape, parallel, config.precision, output_head=False)
+    def __init__(
+        self, shape: Qwen3VLShape, parallel: ParallelConfig, config: DiscriminatorConfig, *, vp_stage: int | None = None
+    ) -> None:
+        super().__init__(shape, parallel, config.precision, output_head=False, vp_stage=vp_stage)
         self.options = config
         self.head_dropout = 0.0  # the warm-up stage sets it; scoring never drops anything
         if self.post_process:
@@ -54,12 +54,13 @@ class DiscriminatorModule(Qwen3VLModel):
                 dedicated=self.options.routing is Routing.dedicated,
                 statistics=statistics,
             )
-        hidden = self.hidden_states(row, RowContext(RowAttention(row.layout, row.input_ids.device), routing))
+        context = self.row_context(row, routing)
+        hidden = self.hidden_states(row, context)
         if not self.post_process:
             return hidden
-        ends = gather_rows(hidden, row.segment_end, self.config, self.pg_collection.tp).float()
-        ends = F.dropout(ends, self.head_dropout, training=self.training)
-        scores = F.linear(ends, self.score_head.weight.float()).squeeze(1)
+        ends, here = self.hidden_at(hidden, row.segment_end, context)
+        ends = F.dropout(ends.float(), self.head_dropout, training=self.training)
+        scores = self.over_context_ranks(F.linear(ends, self.score_head.weight.float()).squeeze(1), here)
         return scores if row.num_segments else scores + hidden.float().sum() * 0.0
 
 
@@ -79,16 +80,20 @@ class DiscriminatorModel(TrainableModel):
             path = resolve_model_directory(Path(config.path), PolicyModel.name)
         source = load_model_config(path)
         hf_config = source if is_discriminator else upcycled_config(source, config)
-        module = DiscriminatorModule(Qwen3VLShape.from_hf(hf_config), parallel, config)
+        shape, dense_shape = Qwen3VLShape.from_hf(hf_config), Qwen3VLShape.from_hf(source)
+        chunks = build_chunks(lambda vp_stage: DiscriminatorModule(shape, parallel, config, vp_stage=vp_stage), parallel)
         if is_discriminator:
-            load_weights(module, path, hf_config, score_head=True)
+            load_weights(chunks, path, hf_config, score_head=True)
         else:
-            dense = PolicyModule(Qwen3VLShape.from_hf(source), parallel, config.precision)
+            dense = build_chunks(
+                lambda vp_stage: PolicyModule(dense_shape, parallel, config.precision, vp_stage=vp_stage), parallel
+            )
             load_weights(dense, path, source)
-            upcycle(module, hf_config, canonical_parameters(dense, source), config, seed=seed)
-        if config.freeze_vision_model and module.pre_process:
-            freeze(module.vision_model)
-        super().__init__(module, hf_config, hf_assets_directory(path), parallel, runtime)
+            upcycle(chunks, hf_config, canonical_parameters(dense, source), config, seed=seed)
+        for chunk in chunks:
+            if config.freeze_vision_model and chunk.pre_process:
+                freeze(chunk.vision_model)
+        super().__init__(chunks, hf_config, hf_assets_directory(path), parallel, runtime)
         self.options = config
         self.global_tokens = 1.0
         self.statistics = RouterStatistics()

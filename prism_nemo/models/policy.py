@@ -11,13 +11,11 @@ from torch import Tensor
 
 from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.convert.hf import hf_assets_directory, load_model_config
-from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.logprobs import label_log_probs
 from prism_nemo.engine.runtime import Runtime
-from prism_nemo.models.base import TrainableModel, freeze
-from prism_nemo.models.context import RoutingContext, RowContext, token_kinds
+from prism_nemo.models.base import TrainableModel, build_chunks, freeze
+from prism_nemo.models.context import RoutingContext, token_kinds
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
-from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.weights import export_hf_tensors, load_weights
 from prism_nemo.packing.rows import PackedRow
@@ -48,19 +46,23 @@ class PolicyModule(Qwen3VLModel):
         if self.shape.moe is not None:
             group = row.layout.token_group.to(row.input_ids.device)
             routing = RoutingContext(group, token_kinds(row), num_groups=len(row.layout.groups))
-        hidden = self.hidden_states(row, RowContext(RowAttention(row.layout, row.input_ids.device), routing))
+        context = self.row_context(row, routing)
+        hidden = self.hidden_states(row, context)
         if not self.post_process:
             return hidden
-        selected = gather_rows(hidden, row.label_source, self.config, self.pg_collection.tp)
+        selected, here = self.hidden_at(hidden, row.label_source, context)
         log_probs, entropy = label_log_probs(
             selected,
             self.language_model.output_weight,
-            row.label_ids,
+            row.label_ids if here is None else row.label_ids[here],
             self.pg_collection.tp,
             temperature=distribution.temperature,
             banned_token_ids=distribution.banned_token_ids,
             with_entropy=with_entropy,
         )
+        log_probs = self.over_context_ranks(log_probs, here)
+        if entropy is not None:
+            entropy = self.over_context_ranks(entropy, here)
         if row.num_labels == 0:  # keeps the graph of an empty row: its backward pass takes part in collectives
             log_probs = log_probs + hidden.float().sum() * 0.0
         return PolicyOutput(log_probs, entropy)
@@ -80,13 +82,15 @@ class PolicyModel(TrainableModel):
     ) -> None:
         path = resolve_model_directory(Path(config.path), self.name)
         hf_config = load_model_config(path)
-        module = PolicyModule(Qwen3VLShape.from_hf(hf_config), parallel, config.precision)
-        load_weights(module, path, hf_config)
-        if config.freeze_vision_model and module.pre_process:
-            freeze(module.vision_model)
-        if config.freeze_language_model:
-            freeze(module.language_model)
-        super().__init__(module, hf_config, hf_assets_directory(path), parallel, runtime)
+        shape = Qwen3VLShape.from_hf(hf_config)
+        chunks = build_chunks(lambda vp_stage: PolicyModule(shape, parallel, config.precision, vp_stage=vp_stage), parallel)
+        load_weights(chunks, path, hf_config)
+        for chunk in chunks:
+            if config.freeze_vision_model and chunk.pre_process:
+                freeze(chunk.vision_model)
+            if config.freeze_language_model:
+                freeze(chunk.language_model)
+        super().__init__(chunks, hf_config, hf_assets_directory(path), parallel, runtime)
         self.distribution = distribution
         self.with_entropy = True
 
@@ -95,7 +99,7 @@ class PolicyModel(TrainableModel):
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(HuggingFace name, full tensor) of all weights, gathered as they are asked for; updates rollout engines."""
-        return export_hf_tensors(self.module, self.hf_config)
+        return export_hf_tensors(self.chunks, self.hf_config)
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow]) -> list[Tensor]:
         """fp32 [N] log-probabilities of every row's labels, without gradients."""

@@ -9,12 +9,13 @@ groups are cut into micro-batches or spread over ranks; over micro-batches it wo
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from prism_nemo.models.context import PADDING, RoutingContext
+from prism_nemo.models.context import PADDING, RouterStatistics, RoutingContext
 from prism_nemo.packing.groups import SegmentKind
 
 # megatron-core 0.16.1 leaves the name undefined without Transformer Engine, and then asks whether it is None.
@@ -33,8 +34,8 @@ def pool_mask(token_kind: Tensor, num_experts: int) -> Tensor:
 class GroupBalancedRouter(TopKRouter):
     """Megatron's top-k router (linear, softmax over the chosen logits) with the row's `RoutingContext`.
 
-    With sequence parallelism every tensor-parallel rank holds a slice of the row's tokens: the context is sliced alike, and the
-    counts are summed over the ranks.
+    With sequence parallelism every tensor-parallel rank holds a slice of the row's tokens: the context is sliced alike. Counts
+    are summed over the ranks that share the row, context-parallel ones included.
     """
 
     context: RoutingContext | None = None
@@ -49,9 +50,10 @@ class GroupBalancedRouter(TopKRouter):
         if context.dedicated:
             logits = logits.masked_fill(pool_mask(kind, self.num_experts), float("-inf"))
         probabilities, choices = topk_routing_with_score_function(logits, self.topk)
-        statistics = context.statistics
+        statistics = context.statistics if self.layer_number not in context.counted else None
         if statistics is not None:
-            self._count(choices, kind, context)
+            context.counted.add(self.layer_number)
+            _count(statistics, choices, kind)
         if statistics is not None or (context.balance_coefficient > 0 and torch.is_grad_enabled()):
             balance = self._balance(logits, choices, group, context)  # sum over groups of tokens * loss
             if statistics is not None:
@@ -74,13 +76,15 @@ class GroupBalancedRouter(TopKRouter):
         probability = softmax.new_zeros(context.num_groups, self.num_experts).index_add(0, index, softmax)
         counts = torch.zeros_like(probability).index_add(0, index, choices[real].to(probability.dtype)).detach()
         if self.config.sequence_parallel:
-            torch.distributed.all_reduce(counts, group=self.tp_group)
+            dist.all_reduce(counts, group=self.tp_group)
+        if context.cp_group is not None:
+            dist.all_reduce(counts, group=context.cp_group)
         tokens = counts.sum(dim=1, keepdim=True) / self.topk
         return self.num_experts * (counts * probability / tokens.clamp(min=1)).sum()
 
-    def _count(self, choices: Tensor, kind: Tensor, context: RoutingContext) -> None:
-        assert context.statistics is not None
-        for value in kind.unique().tolist():
-            if value != PADDING:
-                load = choices[kind == value].sum(dim=0).double()
-                context.statistics.load[value] = context.statistics.load.get(value, torch.zeros_like(load)) + load
+
+def _count(statistics: RouterStatistics, choices: Tensor, kind: Tensor) -> None:
+    for value in kind.unique().tolist():
+        if value != PADDING:
+            load = choices[kind == value].sum(dim=0).double()
+            statistics.load[value] = statistics.load.get(value, torch.zeros_like(load)) + load

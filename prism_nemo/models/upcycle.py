@@ -16,8 +16,9 @@ from torch import Tensor
 from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, mappings
 from prism_nemo.convert.random_init import named_normal
+from prism_nemo.engine.chunks import Chunks
 from prism_nemo.errors import ConfigError
-from prism_nemo.models.weights import canonical_parameters, shard_of
+from prism_nemo.models.weights import canonical_parameters, cut_as_expert, shard_of
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight\d+$")
 _NORM_BEFORE_EXPERTS = ".pre_mlp_layernorm."
@@ -56,7 +57,7 @@ def dense_source(name: str) -> str:
 
 
 def upcycle(
-    module: torch.nn.Module,
+    model: Chunks,
     config: Mapping[str, Any],
     dense: Mapping[str, Tensor],
     options: DiscriminatorConfig,
@@ -66,13 +67,15 @@ def upcycle(
     """Fills a discriminator from the dense model's parameters, by canonical name, cut over the ranks in the same way."""
     declared = {name: mapping for mapping in mappings(config, score_head=True) for name in mapping.megatron_names}
     with torch.no_grad():
-        for name, parameter in canonical_parameters(module, config).items():
+        for name, parameter in canonical_parameters(model, config).items():
             mapping = declared[name]
             if name == MEGATRON_SCORE_HEAD or name.endswith(".mlp.router.weight"):
                 std = options.head_init_std if name == MEGATRON_SCORE_HEAD else options.router_init_std
                 parameter.copy_(named_normal(name, mapping.megatron_shape, std, seed))
                 continue
             source = dense[dense_source(name)].detach()
+            if _EXPERT.search(name):
+                source = cut_as_expert(name, source, mapping.sharding)
             if _EXPERT.search(name) and options.expert_noise_std > 0:
                 noise = named_normal(name, mapping.megatron_shape, options.expert_noise_std, seed)
                 source = source.float() + shard_of(name, noise, mapping.sharding).to(source.device)

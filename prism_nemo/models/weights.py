@@ -1,6 +1,7 @@
 """Weights between a HuggingFace directory and a Megatron model, tensor by tensor through the one mapping.
 
-Offline conversion, loading at the start of a stage, export and weight sync to rollout engines all use these two functions.
+Offline conversion, loading at the start of a stage, export and weight sync to rollout engines all use these functions. A model
+is one module, or under interleaved pipelining the list of this rank's chunks.
 """
 
 from __future__ import annotations
@@ -19,25 +20,60 @@ from prism_nemo.convert.hf import HFReader, export_tensors, import_tensors
 from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import canonical_name, mappings
 from prism_nemo.engine.checkpoint import is_model_checkpoint, load_model
+from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.errors import CheckpointError
 
-_EXPERT = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight\d+$")
+_EXPERT = re.compile(r"(\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
+_LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(?=\.)")
+_EMBEDDING, _OUTPUT = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
 
 
-def canonical_parameters(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, torch.nn.Parameter]:
-    """The parameters of an (unwrapped) model by canonical Megatron name."""
-    return {canonical_name(name, config): parameter for name, parameter in model.named_parameters()}
+def canonical_parameters(model: Chunks, config: Mapping[str, Any]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters of an (unwrapped) model by canonical Megatron name.
+
+    Layers and experts are numbered through the whole model. The last pipeline stage's copy of a tied embedding bears the
+    embedding's name.
+    """
+    found: dict[str, torch.nn.Parameter] = {}
+    for chunk in chunks_of(model):
+        for local, parameter in chunk.named_parameters():
+            name = canonical_name(_global_layer(local, chunk), config)
+            if _EXPERT.search(name):
+                name = _global_expert(name, chunk)
+            if name == _OUTPUT and chunk.share_embeddings_and_output_weights:
+                name = _EMBEDDING
+            found[name] = parameter
+    return found
 
 
-def load_weights(module: torch.nn.Module, path: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
+def _global_layer(name: str, chunk: torch.nn.Module) -> str:
+    def number(match: re.Match[str]) -> str:
+        layer: Any = chunk.get_submodule(match[0])
+        return f"{match[1]}{layer.layer_number - 1}"
+
+    return _LAYER.sub(number, name)
+
+
+def _global_expert(name: str, chunk: torch.nn.Module) -> str:
+    """An expert's number in the whole model; on each of the ranks that share the experts they count from 0."""
+    shape: Any = chunk.shape
+    first = parallel_state.get_expert_model_parallel_rank() * _experts_per_rank(shape.moe.num_experts)
+    return _EXPERT.sub(lambda match: f"{match[1]}{first + int(match[2])}", name)
+
+
+def _experts_per_rank(num_experts: int) -> int:
+    return num_experts // parallel_state.get_expert_model_parallel_world_size()
+
+
+def load_weights(model: Chunks, path: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
     """Fills a model from a checkpoint of this project or from a HuggingFace directory. A collective."""
     if is_model_checkpoint(path):
-        load_model(path, module, None)
+        load_model(path, chunks_of(model), None)
     else:
-        load_hf_weights(module, path, config, score_head=score_head)
+        load_hf_weights(model, path, config, score_head=score_head)
 
 
-def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
+def load_hf_weights(model: Chunks, directory: Path, config: Mapping[str, Any], *, score_head: bool = False) -> None:
     """Fills the model's parameters, this rank's shard of each, from a HuggingFace directory.
 
     Raises CheckpointError for missing, unexpected or truncated tensors; every parameter of the model is filled, or it raises.
@@ -54,31 +90,86 @@ def load_hf_weights(model: torch.nn.Module, directory: Path, config: Mapping[str
         )
 
 
-def export_hf_tensors(
-    model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(HuggingFace name, full tensor) of every parameter, gathered over tensor-parallel ranks; every rank must iterate."""
-    parameters = canonical_parameters(model, config)
-    shardings: dict[str, Sharding] = {
-        name: mapping.sharding for mapping in mappings(config, score_head=score_head) for name in mapping.megatron_names
-    }
+def export_hf_tensors(model: Chunks, config: Mapping[str, Any], *, score_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(HuggingFace name, full tensor) of every parameter, gathered over the ranks that share a model; every rank must iterate."""
+    gather = _Gather(model, config, score_head=score_head)
+    return export_tensors(config, gather, score_head=score_head)
 
-    def get_full(name: str) -> Tensor:
-        local = parameters[name].detach()
-        group = _group(name)
-        if group.size() == 1:
-            return local
-        shards = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(shards, local.contiguous(), group=group)
-        return shardings[name].unshard(shards)
 
-    return export_tensors(config, get_full, score_head=score_head)
+class _Gather:
+    """The full tensor of a canonical name on every rank. A call is a collective of the ranks that share a model."""
+
+    def __init__(self, model: Chunks, config: Mapping[str, Any], *, score_head: bool) -> None:
+        self._parameters = canonical_parameters(model, config)
+        self._mappings = {name: mapping for mapping in mappings(config, score_head=score_head) for name in mapping.megatron_names}
+        self._like = next(iter(self._parameters.values()))
+        self._num_experts: int = config["text_config"].get("num_experts") or 1
+        self._stages = parallel_state.get_pipeline_model_parallel_group()
+        self._stage_of = self._find_stages()
+
+    def _find_stages(self) -> dict[str, int]:
+        """The pipeline stage that holds a name (the first, where two do); an expert goes by its number on every rank alike."""
+        held: list[Any] = [[_without_expert(name) for name in self._parameters]]
+        if self._stages.size() > 1:
+            held *= self._stages.size()
+            dist.all_gather_object(held, held[self._stages.rank()], group=self._stages)
+        return {name: stage for stage in reversed(range(len(held))) for name in held[stage]}
+
+    def __call__(self, name: str) -> Tensor:
+        stage = self._stage_of[_without_expert(name)]
+        full = self._from_this_stage(name) if stage == self._stages.rank() else None
+        return self._broadcast(full, name, self._stages, stage)
+
+    def _from_this_stage(self, name: str) -> Tensor:
+        full = None
+        if name in self._parameters:
+            full = _joined(self._parameters[name].detach(), self._mappings[name].sharding, _group(name))
+        expert = _EXPERT.search(name)
+        if expert is None:
+            assert full is not None
+            return full
+        owner = int(expert[2]) // _experts_per_rank(self._num_experts)
+        return self._broadcast(full, name, parallel_state.get_expert_model_parallel_group(), owner)
+
+    def _broadcast(self, full: Tensor | None, name: str, group: dist.ProcessGroup, source: int) -> Tensor:
+        if group.size() > 1:
+            if full is None:
+                shape = self._mappings[name].megatron_shape
+                full = torch.empty(shape, dtype=self._like.dtype, device=self._like.device)
+            full = full.contiguous()
+            dist.broadcast(full, group=group, group_src=source)
+        assert full is not None
+        return full
+
+
+def _without_expert(name: str) -> str:
+    return _EXPERT.sub(r"\1", name)
 
 
 def shard_of(name: str, full: Tensor, sharding: Sharding) -> Tensor:
     """This rank's part of a full tensor."""
     group = _group(name)
     return sharding.shard(full, group.rank(), group.size())
+
+
+def cut_as_expert(name: str, dense: Tensor, sharding: Sharding) -> Tensor:
+    """This rank's part of an expert `name` that equals a dense MLP's tensor, from its part of that.
+
+    They are cut alike unless experts are cut over fewer ranks than the rest: then the parts are joined first. A collective.
+    """
+    tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+    if tensor_parallel.size() == _group(name).size():
+        return dense
+    return shard_of(name, _joined(dense, sharding, tensor_parallel), sharding)
+
+
+def _joined(local: Tensor, sharding: Sharding, group: dist.ProcessGroup) -> Tensor:
+    """The full tensor from every rank's shard."""
+    if group.size() == 1:
+        return local
+    shards = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
+    return sharding.unshard(shards)
 
 
 def _group(name: str) -> dist.ProcessGroup:

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from prism_nemo.config.schema import Device, ParallelConfig, Precision, RuntimeConfig
 from prism_nemo.convert.hf import load_model_config
 from prism_nemo.engine.attention import RowAttention
+from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.logprobs import label_log_probs
 from prism_nemo.engine.runtime import Runtime, initialize
 from prism_nemo.models.context import RouterStatistics, RoutingContext, RowContext, token_kinds
@@ -75,13 +76,13 @@ def run_row(model: Qwen3VLModel, row: PackedRow, routing: RoutingContext | None 
     return RowOutput(everything, log_probs, entropy)
 
 
-def gradients(model: torch.nn.Module, config: Mapping[str, Any], *, score_head: bool = False) -> dict[str, Tensor]:
-    """Every parameter's gradient by HuggingFace name in the Hub's layout, gathered over tensor-parallel ranks.
+def gradients(model: Chunks, config: Mapping[str, Any], *, score_head: bool = False) -> dict[str, Tensor]:
+    """Every parameter's gradient by HuggingFace name in the Hub's layout, gathered over the ranks.
 
     Export only copies, cuts and transposes, so it does to gradients what it does to weights. Where Megatron's DDP accumulates
     into `main_grad` that is read; no gradient counts as zeros.
     """
-    weights = {parameter: parameter.data for parameter in model.parameters()}
+    weights = {parameter: parameter.data for chunk in chunks_of(model) for parameter in chunk.parameters()}
     try:
         for parameter, weight in weights.items():
             grad = getattr(parameter, "main_grad", parameter.grad)

@@ -63,20 +63,21 @@ class TinyModel:
 
 
 @cache
-def tiny_model(*, experts: bool = False, tied: bool = False) -> TinyModel:
+def tiny_model(*, experts: bool = False, tied: bool = False, deepstack: tuple[int, ...] = (0, 2)) -> TinyModel:
     """The same weights in every process. All parameters are random, norms and biases too: none may be left out unseen."""
     import transformers  # seconds, which ranks that only make prompts spare themselves
 
+    vision = {**_VISION, "deepstack_visual_indexes": list(deepstack)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if experts:
             text = {**_TEXT, **_EXPERTS}
             moe_config = transformers.Qwen3VLMoeConfig(
-                text_config=text, vision_config=_VISION, tie_word_embeddings=tied, **_TOKENS
+                text_config=text, vision_config=vision, tie_word_embeddings=tied, **_TOKENS
             )
             hf = transformers.Qwen3VLMoeForConditionalGeneration(moe_config)
         else:
-            config = transformers.Qwen3VLConfig(text_config=_TEXT, vision_config=_VISION, tie_word_embeddings=tied, **_TOKENS)
+            config = transformers.Qwen3VLConfig(text_config=_TEXT, vision_config=vision, tie_word_embeddings=tied, **_TOKENS)
             hf = transformers.Qwen3VLForConditionalGeneration(config)
         with torch.no_grad():
             for parameter in hf.parameters():

@@ -222,7 +222,7 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
     def step(self: ModelOptimizer, number: int) -> StepResult:
         if next(count) in steps:
-            next(iter(self.model.parameters())).main_grad.view(-1)[0] = math.nan
+            next(iter(self.chunks[0].parameters())).main_grad.view(-1)[0] = math.nan
         return apply(self, number)
 
     monkeypatch.setattr(ModelOptimizer, "step", step)

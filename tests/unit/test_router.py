@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def _without_context(router: GroupBalancedRouter) -> GroupBalancedRouter:
 
 
 def test_counts_per_kind_by_hand(router: GroupBalancedRouter) -> None:
-    """Every token's two largest logits are written down; padding is counted nowhere, a second row adds up."""
+    """Every token's two largest logits are written down; a second row adds up, padding and a recomputed row do not."""
     chosen = [(0, 1), (0, 2), (2, 3), (2, 3), (1, 3), (0, 3)]
     logits = torch.zeros(6, 1, NUM_EXPERTS)
     for token, experts in enumerate(chosen):
@@ -187,6 +188,10 @@ def test_counts_per_kind_by_hand(router: GroupBalancedRouter) -> None:
     assert context.statistics is not None
     load = {kind: counts.tolist() for kind, counts in context.statistics.load.items()}
     assert load == {PROMPT: [1, 1, 0, 0], 1: [1, 0, 2, 1], 2: [0, 1, 1, 2]}
+    router.routing(logits)  # the same row once more: recomputed, not another
+    assert context.statistics.load[1].tolist() == [1, 0, 2, 1]
+    assert context.statistics.tokens == 5
+    router.context = replace(context, counted=set())
     router.routing(logits)
     assert context.statistics.load[1].tolist() == [2, 0, 4, 2]
     assert context.statistics.tokens == 10

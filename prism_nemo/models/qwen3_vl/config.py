@@ -151,6 +151,9 @@ class Qwen3VLShape:
             # Megatron trains experts under tensor parallelism with sequence parallelism only; the numbers are the same.
             sequence_parallel=tp > 1 and (parallel.sequence_parallel or self.moe is not None),
             variable_seq_lengths=True,
+            # megatron-core 0.16.1 gives wrong gradients with its default of batched exchanges between interleaved chunks
+            overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+            batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
             **moe,
             **_common(precision),
         )

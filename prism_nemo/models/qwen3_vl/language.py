@@ -28,7 +28,11 @@ from prism_nemo.models.qwen3_vl.spec import RMSNorm, language_layer_spec
 
 
 class LanguageBlock(TransformerBlock):
-    """Language layers. After global layer i, deepstack feature i is added to the visual tokens."""
+    """Language layers. After global layer i, deepstack feature i is added to the visual tokens.
+
+    A pipeline stage whose layers end before the features do sends the rest on behind the hidden states, as more rows of the same
+    tensor; the next stage knows from the row how many there are.
+    """
 
     def forward(
         self,
@@ -38,16 +42,29 @@ class LanguageBlock(TransformerBlock):
         image_index: Tensor | None,
         deepstack: Sequence[Tensor],
     ) -> Tensor:
-        """[T, 1, hidden] -> the same; `image_index` int64 [V'] are rows of `hidden`, each feature [V', hidden]."""
+        """[T, 1, hidden] -> the same; `image_index` int64 [V'] are rows of `hidden`, each feature [V', hidden].
+
+        On later pipeline stages hidden states and the features that are still to be added are what the stage before sent.
+        """
+        first = self.layers[0].layer_number - 1
+        waiting = dict(enumerate(deepstack))
         if not self.pre_process:
-            hidden = self.input_tensor
-        for layer in self.layers:
+            hidden, waiting = self._received(image_index, first)
+        for depth, layer in enumerate(self.layers, start=first):
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)
-            depth = layer.layer_number - 1
-            if depth < len(deepstack):
+            if depth in waiting:
                 assert image_index is not None
-                hidden = hidden.index_add(0, image_index, deepstack[depth].unsqueeze(1).to(hidden.dtype))
+                hidden = hidden.index_add(0, image_index, waiting.pop(depth).unsqueeze(1).to(hidden.dtype))
+        if waiting and not self.post_process:
+            hidden = torch.cat([hidden, *(feature.unsqueeze(1).to(hidden.dtype) for feature in waiting.values())])
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
+
+    def _received(self, image_index: Tensor | None, first: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states and deepstack features, by the layer they belong to."""
+        visual = 0 if image_index is None else image_index.numel()
+        remaining = range(first, self.num_deepstack) if visual else range(0)
+        parts = self.input_tensor.split([self.input_tensor.shape[0] - visual * len(remaining), *[visual] * len(remaining)])
+        return parts[0], {depth: part.squeeze(1) for depth, part in zip(remaining, parts[1:], strict=True)}
 
 
 class Qwen3VLLanguageModel(LanguageModule):
@@ -90,6 +107,7 @@ class Qwen3VLLanguageModel(LanguageModule):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        self.decoder.num_deepstack = len(shape.vision.deepstack_layers)
         if post_process and output_head:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -124,8 +142,8 @@ class Qwen3VLLanguageModel(LanguageModule):
     ) -> Tensor:
         """Hidden states [T, 1, hidden] (with sequence parallelism [T / TP, 1, hidden]), after the final norm on the last stage.
 
-        input_ids int64 [T], position_ids int64 [3, T]. On the first stage visual tokens [V, hidden] replace the embeddings at
-        `image_index` int64 [V].
+        T tokens are here: input_ids int64 [T], position_ids int64 [3, T], and at `image_index` int64 [V] the visual ones, whose
+        embeddings visual tokens [V, hidden] replace on the first stage.
         """
         hidden = None
         if self.pre_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -16,11 +16,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from prism_nemo.config.schema import ParallelConfig, Precision
-from prism_nemo.models.context import RowContext
+from prism_nemo.engine.attention import RowAttention
+from prism_nemo.models.context import RoutingContext, RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
-from prism_nemo.models.qwen3_vl.language import Qwen3VLLanguageModel
+from prism_nemo.models.qwen3_vl.language import Qwen3VLLanguageModel, gather_rows
 from prism_nemo.models.qwen3_vl.vision import Qwen3VLVisionModel
 from prism_nemo.packing.rows import PackedRow
+from prism_nemo.packing.shards import RowShard
 
 
 class Qwen3VLModel(MegatronModule):
@@ -68,24 +70,57 @@ class Qwen3VLModel(MegatronModule):
     def share_embeddings_and_output_weights(self) -> bool:
         return self.language_model.share_embeddings_and_output_weights
 
+    def row_context(self, row: PackedRow, routing: RoutingContext | None) -> RowContext:
+        """What the layers need to know about a row that is cut over the context-parallel ranks."""
+        device = row.input_ids.device
+        group = self.pg_collection.cp
+        if group.size() == 1:
+            return RowContext(RowAttention(row.layout, device), routing)
+        shard = RowShard.of(row.layout.length, group.rank(), group.size(), device)
+        attention = RowAttention(row.layout, device, shard, group)
+        return RowContext(attention, None if routing is None else routing.of_shard(shard, group), shard=shard)
+
+    def hidden_at(self, hidden: Tensor, index: Tensor, context: RowContext) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [n, hidden] of those of the row's tokens at `index` int64 [N] that this context-parallel rank holds.
+
+        And which those are, bool [N]; None: all. What is computed from them goes to `over_context_ranks`.
+        """
+        here = None
+        if context.shard is not None:
+            here, index = context.shard.locate(index)
+        return gather_rows(hidden, index, self.config, self.pg_collection.tp), here
+
+    def over_context_ranks(self, values: Tensor, here: Tensor | None) -> Tensor:
+        """Values [n] of the tokens that are here -> [N] of all, on every rank; each rank's gradient is that of its own."""
+        if here is None:
+            return values
+        spread = values.new_zeros(here.numel()).masked_scatter(here, values)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(spread, group=self.pg_collection.cp)
+
     def hidden_states(self, row: PackedRow, context: RowContext) -> Tensor:
         """[T, 1, hidden] ([T / TP, 1, hidden] with sequence parallelism); after the final norm on the last stage.
+
+        T counts the tokens that this context-parallel rank holds (`context.shard`).
 
         A row without images still runs the tower, on one merge block of zeros whose result is multiplied by zero, when the tower
         is trained: then no rank skips its gradient.
         """
-        image_index = visual_tokens = None
+        input_ids, position_ids, image_index = row.input_ids, row.position_ids, row.image_index
+        visual_tokens, anchor = None, None
         deepstack: list[Tensor] = []
-        anchor = None
         if self.pre_process:
-            if row.image_index.numel():
-                image_index = row.image_index
-                visual_tokens, deepstack = self.vision_model(row.pixel_values, row.image_grid_thw)
+            if image_index.numel():
+                visual_tokens, deepstack = self._see(row)
             elif torch.is_grad_enabled() and self._tower_is_trained:
                 anchor = self._vision_anchor(row)
+        if context.shard is not None:
+            input_ids, position_ids = input_ids[context.shard.tokens], position_ids[:, context.shard.tokens]
+            here, image_index = context.shard.locate(image_index)
+            if visual_tokens is not None:
+                visual_tokens, deepstack = visual_tokens[here], [feature[here] for feature in deepstack]
         hidden = self.language_model(
-            row.input_ids,
-            row.position_ids,
+            input_ids,
+            position_ids,
             context,
             image_index=image_index,
             visual_tokens=visual_tokens,
@@ -96,6 +131,11 @@ class Qwen3VLModel(MegatronModule):
     @property
     def _tower_is_trained(self) -> bool:
         return next(self.vision_model.parameters()).requires_grad
+
+    def _see(self, row: PackedRow) -> tuple[Tensor, list[Tensor]]:
+        """Visual tokens and deepstack features of the row's images; a frozen tower keeps no activations."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_is_trained):
+            return self.vision_model(row.pixel_values, row.image_grid_thw)
 
     def _vision_anchor(self, row: PackedRow) -> Tensor:
         """Zero, with a graph through every parameter of the tower."""
