@@ -77,6 +77,9 @@ Post-trains Qwen3-VL: SFT, adversarial alignment (PRISM), RLVR.
 training
 {{training}}
 
+before a job
+  plan             whether a model, stage and layout fit a cluster, and which layout is quickest
+
 evaluation
 {{evaluation}}
 
@@ -138,9 +141,11 @@ def _prepare(arguments: list[str]) -> Callable[[], None]:
         return _prepare_stage(command, rest)
     if command == "convert":
         return _prepare_convert(rest)
+    if command == "plan":
+        return _prepare_plan(rest)
     if command == "report":
         return _prepare_report(rest)
-    known = [*STAGES, "convert", "report"]
+    known = [*STAGES, "convert", "plan", "report"]
     close = difflib.get_close_matches(command, known, n=1)
     raise ConfigError(
         f"there is no command `{command}`",
@@ -196,6 +201,17 @@ def _prepare_convert(arguments: list[str]) -> Callable[[], None]:
             commands.export_hf(options.source, options.out)
 
     return run
+
+
+def _prepare_plan(arguments: list[str]) -> Callable[[], None]:
+    from prism_nemo.plan import command
+
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        return lambda: _print(command.HELP)
+    parser = Parser("plan")
+    command.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    return lambda: command.run(options)
 
 
 def _prepare_report(arguments: list[str]) -> Callable[[], None]:

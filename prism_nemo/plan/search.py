@@ -1,0 +1,266 @@
+"""Layouts that fit a cluster, the quickest first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from math import gcd
+
+from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size
+from prism_nemo.config.layout import _sizes as model_sizes
+from prism_nemo.config.schema import OptimizerConfig, ParallelConfig
+from prism_nemo.errors import LayoutError, PrismError
+from prism_nemo.plan.activations import Recompute
+from prism_nemo.plan.hardware import ASSUMPTIONS, GIB
+from prism_nemo.plan.memory import Memory, Overhead, Settings, stage_memory
+from prism_nemo.plan.shapes import Shape
+from prism_nemo.plan.timing import Cluster, StepTime, step_time
+from prism_nemo.plan.workload import Workload
+
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
+RECOMPUTE_KEY = "recompute_granularity"
+CAN_RECOMPUTE = RECOMPUTE_KEY in {field.name for field in fields(ParallelConfig)}
+CAN_OFFLOAD = "cpu_offload" in {field.name for field in fields(OptimizerConfig)}
+
+
+class PlanError(PrismError):
+    """Nothing fits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run where. At least one of the models is there; `settings` is the starting point of a search."""
+
+    policy: Shape | None
+    discriminator: Shape | None
+    workload: Workload
+    cluster: Cluster
+    settings: Settings
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [shape for shape in (self.policy, self.discriminator) if shape is not None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with what it needs and how long its step takes."""
+
+    parallel: ParallelConfig
+    settings: Settings
+    memory: Memory
+    time: StepTime
+    capacity: float  # bytes of a GPU
+
+    @property
+    def spare(self) -> float:
+        """Bytes left on the fullest GPU; negative when it does not fit."""
+        return self.capacity - self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+
+def sizes_of(shape: Shape) -> ModelSizes:
+    """What `config.layout` checks a layout against."""
+    sizes = model_sizes(dict(shape.config), shape.name)
+    if shape.is_discriminator and shape.experts is not None:
+        sizes = replace(sizes, num_experts=shape.experts.count, moe_ffn_hidden_size=shape.experts.ffn_hidden_size)
+    return sizes
+
+
+def evaluate(job: Job, parallel: ParallelConfig, settings: Settings) -> Plan:
+    """Memory and time of one layout. Raises LayoutError when it is impossible."""
+    check_parallel(parallel, job.cluster.world_size)
+    for shape in job.shapes:
+        check_model(sizes_of(shape), parallel)
+    if job.workload.samples and parallel.pipeline_model_parallel_size > 1:
+        raise LayoutError(
+            "the megatron rollout engine needs whole models, and a pipeline cuts them",
+            where="parallel.pipeline_model_parallel_size",
+            remedy="use 1 in align and rlvr; tensor and expert parallelism are fine",
+        )
+    capacity = job.cluster.gpu.memory_gib * GIB
+    overhead = Overhead(ASSUMPTIONS.framework_gib * GIB, ASSUMPTIONS.fragmentation)
+    memory = stage_memory(
+        job.policy,
+        job.discriminator,
+        job.workload,
+        parallel,
+        job.cluster.world_size,
+        settings,
+        overhead,
+        capacity=capacity,
+    )
+    time = step_time(job.policy, job.discriminator, job.workload, parallel, job.cluster, settings, memory)
+    return Plan(parallel, settings, memory, time, capacity)
+
+
+def search(job: Job) -> list[Plan]:
+    """Every layout that is possible, those that fit first, the quickest first; of those that do not, the least demanding first.
+
+    The optimizer is offloaded only where nothing fits otherwise. Raises LayoutError when none is possible at all.
+    """
+    plans = list(_evaluate_all(job, job.settings))
+    if CAN_OFFLOAD and not any(plan.fits for plan in plans):
+        plans += _evaluate_all(job, replace(job.settings, cpu_offload=True))
+    if not plans:
+        raise _impossible(job)
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total if plan.fits else -plan.spare))
+
+
+def _evaluate_all(job: Job, settings: Settings) -> Iterator[Plan]:
+    for parallel, recompute in candidates(job):
+        chosen = replace(settings, cost=replace(settings.cost, recompute=recompute))
+        try:
+            yield evaluate(job, parallel, chosen)
+        except LayoutError:
+            continue
+
+
+def candidates(job: Job) -> Iterator[tuple[ParallelConfig, Recompute]]:
+    """Layouts worth a look: tensor parallelism within a machine, always with sequence parallelism and, where there are replicas,
+    the distributed optimizer. Whether they are possible is for `evaluate`."""
+    world, stage = job.cluster.world_size, job.workload.stage
+    experts = [shape.experts.count for shape in job.shapes if shape.experts is not None]
+    tensor = [size for size in POWERS if size <= job.cluster.gpus_per_node]
+    pipeline = [1] if job.workload.samples else [size for size in POWERS[:5] if size <= world]
+    context = POWERS[:4] if stage == "sft" else (1,)  # rows with shared prompts are not cut along their tokens
+    expert = [size for size in POWERS if size <= world and all(count % size == 0 for count in experts)] if experts else [1]
+    chunks = (None, 2)
+    recompute = (Recompute.none, Recompute.full) if CAN_RECOMPUTE else (job.settings.cost.recompute,)
+    for tp, pp, cp, ep, vpp, again in itertools.product(tensor, pipeline, context, expert, chunks, recompute):
+        if world % (tp * pp * cp) or (vpp and pp == 1):
+            continue
+        yield layout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp, replicas=world // (tp * pp), recompute=again), again
+
+
+def layout(
+    *, tp: int, pp: int, cp: int, ep: int, vpp: int | None, replicas: int, recompute: Recompute = Recompute.none
+) -> ParallelConfig:
+    """The configuration, with what goes with it."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        sequence_parallel=tp > 1,
+        use_distributed_optimizer=replicas > 1,
+    )
+    return with_recompute(parallel, recompute)
+
+
+def with_recompute(parallel: ParallelConfig, recompute: Recompute) -> ParallelConfig:
+    """Raises LayoutError when this release cannot recompute."""
+    if not CAN_RECOMPUTE:
+        if recompute is not Recompute.none:
+            raise LayoutError("this release keeps all activations", where="--layout: recompute", remedy="leave it out")
+        return parallel
+    changes = {RECOMPUTE_KEY: None if recompute is Recompute.none else recompute.value}
+    return replace(parallel, **changes)  # type: ignore[arg-type]
+
+
+def best(job: Job) -> list[Plan]:
+    """The layouts that fit, the quickest first. Raises PlanError, saying how much is missing and what would help."""
+    plans = search(job)
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return fitting
+    raise _nothing_fits(job, plans[0])
+
+
+def _nothing_fits(job: Job, closest: Plan) -> PlanError:
+    cluster, memory = job.cluster, closest.memory
+    rooms = [f"more machines: {nodes} nodes" for nodes in _enough_nodes(job)]
+    rooms += [f"GPUs with more memory: {name}" for name in _larger_gpus(job)]
+    shorter = _shorter_rows(job)
+    if shorter:
+        rooms.append(f"shorter rows: trainer.max_tokens_per_row={shorter} or less, with texts that fit it")
+    if job.settings.cost.vision_is_trained and _fits(replace(job, settings=_frozen(job.settings))):
+        rooms.append("a frozen vision tower (model.freeze_vision_model=true)")
+    return PlanError(
+        f"nothing fits: the least demanding layout ({describe(closest)}) needs {memory.total / GIB:.1f} GiB on its fullest GPU "
+        f"({memory.state / GIB:.1f} for the models' state, {memory.phases[memory.peak_phase] / GIB:.1f} for the "
+        f"{memory.peak_phase}), {-closest.spare / GIB:.1f} GiB more than there are",
+        where=f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} with {cluster.gpu.memory_gib:g} GiB each",
+        remedy="; or ".join(rooms) if rooms else "a smaller model: no number of machines up to 64 holds it",
+    )
+
+
+def _fits(job: Job) -> bool:
+    try:
+        return any(plan.fits for plan in search(job))
+    except LayoutError:
+        return False
+
+
+def _enough_nodes(job: Job) -> list[int]:
+    for nodes in POWERS[:7]:
+        if nodes > job.cluster.nodes and _fits(replace(job, cluster=replace(job.cluster, nodes=nodes))):
+            return [nodes]
+    return []
+
+
+def _larger_gpus(job: Job) -> list[str]:
+    from prism_nemo.plan.hardware import GPUS
+
+    larger = sorted((gpu for gpu in GPUS.values() if gpu.memory_gib > job.cluster.gpu.memory_gib), key=lambda gpu: gpu.memory_gib)
+    return [gpu.name for gpu in larger if _fits(replace(job, cluster=replace(job.cluster, gpu=gpu)))][:1]
+
+
+def _shorter_rows(job: Job) -> int | None:
+    """Half, a quarter, an eighth of the row, with the texts in it."""
+    work = job.workload
+    for parts in (2, 4, 8):
+        cut = replace(
+            work,
+            row_tokens=work.row_tokens // parts,
+            prompt_tokens=work.prompt_tokens // parts,
+            response_tokens=work.response_tokens // parts,
+            image_tokens=work.image_tokens // parts,
+        )
+        if cut.prompt_tokens and cut.response_tokens and _fits(replace(job, workload=cut)):
+            return cut.row_tokens
+    return None
+
+
+def _frozen(settings: Settings) -> Settings:
+    return replace(settings, cost=replace(settings.cost, vision_is_trained=False))
+
+
+def _impossible(job: Job) -> LayoutError:
+    """No layout passes the checks: nearly always the batch does not divide."""
+    world, batch = job.cluster.world_size, job.workload.global_batch
+    largest = min(job.cluster.gpus_per_node, gcd(*(shape.num_kv_heads for shape in job.shapes)))
+    needed = world // gcd(world, largest)
+    return LayoutError(
+        f"no layout of {len(job.shapes)} model(s) divides over {world} GPUs with a global batch of {batch}",
+        where="--nodes, --gpus-per-node, --global-batch",
+        remedy=f"a global batch that is a multiple of {needed} (tensor parallelism goes up to {largest}), or fewer GPUs",
+    )
+
+
+def describe(plan: Plan) -> str:
+    """`tp=2 pp=2 dp=2 sp ...`, leaving out what is 1."""
+    parallel = plan.parallel
+    sizes = {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "vpp": parallel.virtual_pipeline_model_parallel_size or 1,
+        "cp": parallel.context_parallel_size,
+        "ep": parallel.expert_model_parallel_size,
+        "etp": parallel.expert_tensor_parallel_size or 1,
+    }
+    parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    parts += ["sp"] if parallel.sequence_parallel else []
+    recompute = plan.settings.cost.recompute
+    parts += [f"recompute={recompute}"] if recompute is not Recompute.none else []
+    parts += ["offload"] if plan.settings.cpu_offload else []
+    return " ".join(parts) or "data-parallel only"
+
+
+def data_parallel(plan: Plan, cluster: Cluster) -> int:
+    return data_parallel_size(plan.parallel, cluster.world_size)
