@@ -18,7 +18,7 @@ from prism_nemo.plan import report
 from prism_nemo.plan.activations import Cost, Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GPUS, read_gpu
 from prism_nemo.plan.memory import Settings
-from prism_nemo.plan.search import Job, Plan, best, evaluate, with_recompute
+from prism_nemo.plan.search import Job, Plan, best, does_not_fit, evaluate, with_recompute
 from prism_nemo.plan.shapes import OFFICIAL_SIZES, read_shape
 from prism_nemo.plan.timing import Cluster
 from prism_nemo.plan.workload import STAGES, Workload
@@ -107,8 +107,10 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(report.as_json(job, plans[: options.top]), indent=2) + "\n")
     else:
         sys.stdout.write(report.as_text(job, plans, top=options.top, searched=options.layout is None))
-    if options.out is not None:
+    if options.out is not None and plans[0].fits:
         write_layout(options.out, job, plans[0])
+    if not plans[0].fits:  # told in full above; a script must notice too
+        raise does_not_fit(job, plans[0])
 
 
 def read_job(options: argparse.Namespace) -> Job:

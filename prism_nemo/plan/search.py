@@ -12,7 +12,7 @@ from prism_nemo.config.layout import _sizes as model_sizes
 from prism_nemo.config.schema import OptimizerConfig, ParallelConfig
 from prism_nemo.errors import LayoutError, PrismError
 from prism_nemo.plan.activations import Recompute
-from prism_nemo.plan.hardware import ASSUMPTIONS, GIB
+from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, GPUS
 from prism_nemo.plan.memory import Memory, Overhead, Settings, stage_memory
 from prism_nemo.plan.shapes import Shape
 from prism_nemo.plan.timing import Cluster, StepTime, step_time
@@ -172,22 +172,41 @@ def best(job: Job) -> list[Plan]:
     raise _nothing_fits(job, plans[0])
 
 
+def does_not_fit(job: Job, plan: Plan) -> PlanError:
+    """The error of one layout that was given."""
+    fitting = [other for other in search(job) if other.fits]
+    remedy = f"this one does: {describe(fitting[0])}" if fitting else _what_would_help(job)
+    return PlanError(f"the layout does not fit: {_missing(plan)}", where=_where(job), remedy=remedy)
+
+
 def _nothing_fits(job: Job, closest: Plan) -> PlanError:
-    cluster, memory = job.cluster, closest.memory
-    rooms = [f"more machines: {nodes} nodes" for nodes in _enough_nodes(job)]
-    rooms += [f"GPUs with more memory: {name}" for name in _larger_gpus(job)]
+    what = f"nothing fits: of the least demanding layout ({describe(closest)}), {_missing(closest)}"
+    return PlanError(what, where=_where(job), remedy=_what_would_help(job))
+
+
+def _missing(plan: Plan) -> str:
+    memory = plan.memory
+    return (
+        f"the fullest GPU needs {memory.total / GIB:.1f} GiB ({memory.state / GIB:.1f} for the models' state, "
+        f"{memory.phases[memory.peak_phase] / GIB:.1f} for the {memory.peak_phase}), {-plan.spare / GIB:.1f} GiB more than it has"
+    )
+
+
+def _where(job: Job) -> str:
+    cluster = job.cluster
+    return f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} with {cluster.gpu.memory_gib:g} GiB each"
+
+
+def _what_would_help(job: Job) -> str:
+    """Changes after which something fits, each tried."""
+    found = [f"more machines: --nodes {nodes}" for nodes in _enough_nodes(job)]
+    found += [f"GPUs with more memory: --gpu {name}" for name in _larger_gpus(job)]
     shorter = _shorter_rows(job)
     if shorter:
-        rooms.append(f"shorter rows: trainer.max_tokens_per_row={shorter} or less, with texts that fit it")
+        found.append(f"shorter rows: trainer.max_tokens_per_row={shorter}, with texts that fit it")
     if job.settings.cost.vision_is_trained and _fits(replace(job, settings=_frozen(job.settings))):
-        rooms.append("a frozen vision tower (model.freeze_vision_model=true)")
-    return PlanError(
-        f"nothing fits: the least demanding layout ({describe(closest)}) needs {memory.total / GIB:.1f} GiB on its fullest GPU "
-        f"({memory.state / GIB:.1f} for the models' state, {memory.phases[memory.peak_phase] / GIB:.1f} for the "
-        f"{memory.peak_phase}), {-closest.spare / GIB:.1f} GiB more than there are",
-        where=f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name} with {cluster.gpu.memory_gib:g} GiB each",
-        remedy="; or ".join(rooms) if rooms else "a smaller model: no number of machines up to 64 holds it",
-    )
+        found.append("a frozen vision tower: --freeze-vision")
+    return "; or ".join(found) if found else "a smaller model: up to 64 nodes do not hold this one"
 
 
 def _fits(job: Job) -> bool:
@@ -205,8 +224,6 @@ def _enough_nodes(job: Job) -> list[int]:
 
 
 def _larger_gpus(job: Job) -> list[str]:
-    from prism_nemo.plan.hardware import GPUS
-
     larger = sorted((gpu for gpu in GPUS.values() if gpu.memory_gib > job.cluster.gpu.memory_gib), key=lambda gpu: gpu.memory_gib)
     return [gpu.name for gpu in larger if _fits(replace(job, cluster=replace(job.cluster, gpu=gpu)))][:1]
 
