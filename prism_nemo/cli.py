@@ -40,7 +40,7 @@ STAGES = {
     "pairs": Stage(
         "prism_nemo.stages.pairs",
         "sample the policy's responses beside the teacher's, for the warm-up",
-        "model.path=runs/sft/checkpoints/latest data.train=teacher.jsonl experiment.dir=runs/pairs",
+        "model.path=runs/sft data.train=teacher.jsonl experiment.dir=runs/pairs",
     ),
     "warmup": Stage(
         "prism_nemo.stages.warmup",

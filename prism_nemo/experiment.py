@@ -186,6 +186,13 @@ class Experiment:
         listed = {to_json_line(row) for row in read_json_lines(path)} if path.exists() else set()
         append_json_lines(path, [row for row in rows if to_json_line(row) not in listed])
 
+    def has_metrics(self, step: int, prefix: str) -> bool:
+        """Whether metrics.jsonl has a line of that step and prefix; on ranks that do not write it, never."""
+        path = self.directory / METRICS
+        if not self.is_main or not path.exists():
+            return False
+        return any(row["step"] == step and row["prefix"] == prefix for row in read_json_lines(path))
+
     def rewind(self, step: int) -> None:
         """Makes metrics and samples end with `step`, the one that training continues behind; 0 empties them.
 

@@ -37,6 +37,7 @@ MAY_DIFFER = (
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",
     "rollout.max_batch_size",
+    "data.max_bad_sample_share",
     "trainer.max_steps",
     "trainer.max_tokens_per_row",
     "trainer.val_check_interval",
@@ -57,6 +58,7 @@ PACKAGES = (
     "vllm",
 )
 LAUNCH_VARIABLES = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+LOCK = ".lock"  # in a run's directory
 LATEST = "latest"  # in a run's `checkpoints`: the name of the newest complete one
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -133,6 +135,13 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in read_json_lines(path) if keep(row)))
 
 
+def cut_torn_line(path: Path) -> None:
+    """Takes off a last line without its newline, which a killed process has left; nothing else is read into memory."""
+    with path.open("rb+") as file:
+        end = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(end)
+
+
 # The lock
 
 
@@ -144,7 +153,7 @@ class RunLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = (directory / ".lock").open("a+", encoding="utf-8")
+        self._file = (directory / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

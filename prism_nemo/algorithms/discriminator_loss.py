@@ -37,26 +37,18 @@ def score_regularization(scores: Tensor, *, global_count: Tensor | float) -> Ten
 
 
 def discriminator_health(
-    teacher_scores: Tensor,
-    student_scores: Tensor,
-    group_ids: Tensor,
-    *,
-    kind: str,
-    tie_tolerance: float = TIE_TOLERANCE,
+    teacher_scores: Tensor, student_scores: Tensor, *, kind: str, tie_tolerance: float = TIE_TOLERANCE
 ) -> MetricSums:
     """How the discriminator tells teacher from student, over the pairs of valid rollouts.
 
     teacher_scores, student_scores  float [pairs]
-    group_ids                       integer [pairs], the prompt of each pair; a group lies wholly inside one call
     kind                            names the segment in the metrics' names: `perception`, `reasoning`
 
     `kind/accuracy` is the share of pairs that the teacher wins among those that are not tied, so that a student that writes the
     teacher's very text does not count as a failure of the discriminator; `kind/ties` is the share of tied pairs (scores at most
-    `tie_tolerance` apart). `kind/margin` is mean(teacher - student), `kind/teacher_score` and `kind/student_score` are means,
-    and `kind/groups_without_spread` is the share of groups, of those with at least two students, whose students all tie with each
-    other: their normalised scores carry no signal.
+    `tie_tolerance` apart). `kind/margin` is mean(teacher - student), `kind/teacher_score` and `kind/student_score` are means.
     """
-    _check_pairs(teacher_scores, student_scores, group_ids)
+    _check_pairs(teacher_scores, student_scores)
     teacher, student = teacher_scores.detach().double(), student_scores.detach().double()
     margin = teacher - student
     tied = margin.abs() <= tie_tolerance
@@ -67,8 +59,25 @@ def discriminator_health(
         f"{kind}/margin": mean_of(margin),
         f"{kind}/teacher_score": mean_of(teacher),
         f"{kind}/student_score": mean_of(student),
-        f"{kind}/groups_without_spread": _without_spread(student, group_ids, tie_tolerance),
     }
+
+
+def groups_without_spread(
+    student_scores: Tensor, group_ids: Tensor, *, kind: str, tie_tolerance: float = TIE_TOLERANCE
+) -> MetricSums:
+    """`kind/groups_without_spread`: the share of groups whose students all tie, so that normalised scores carry no signal.
+
+    student_scores  float [responses]
+    group_ids       integer [responses], the prompt of each; a group lies wholly inside one call. Groups of one do not count.
+    """
+    _check_pairs(student_scores, group_ids)
+    student = student_scores.detach().double()
+    unique, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    highest = student.new_full(unique.shape, -torch.inf).scatter_reduce_(0, index, student, "amax")
+    lowest = student.new_full(unique.shape, torch.inf).scatter_reduce_(0, index, student, "amin")
+    comparable = sizes >= 2
+    flat = comparable & (highest - lowest <= tie_tolerance)
+    return {f"{kind}/groups_without_spread": (flat.double().sum(), comparable.double().sum())}
 
 
 def content_probe(true_scores: Tensor, altered_scores: Tensor, *, kind: str, tie_tolerance: float = TIE_TOLERANCE) -> MetricSums:
@@ -108,15 +117,6 @@ def histogram_shares(scores: Tensor, *, kind: str, role: str, limit: float = 10.
     counts = score_histogram(finite, limit=limit, bins=bins).double()
     edges = ["-inf", *(f"{-limit + 2 * limit * index / bins:g}" for index in range(bins + 1))]
     return {f"{kind}/histogram/{role}/{edge}": (count, counts.sum()) for edge, count in zip(edges, counts, strict=True)}
-
-
-def _without_spread(student: Tensor, group_ids: Tensor, tie_tolerance: float) -> tuple[Tensor, Tensor]:
-    unique, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    highest = student.new_full(unique.shape, -torch.inf).scatter_reduce_(0, index, student, "amax")
-    lowest = student.new_full(unique.shape, torch.inf).scatter_reduce_(0, index, student, "amin")
-    comparable = sizes >= 2
-    flat = comparable & (highest - lowest <= tie_tolerance)
-    return flat.double().sum(), comparable.double().sum()
 
 
 def _widen(scores: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class ModelConfig:
 class DiscriminatorConfig:
     """The discriminator: a sparse-upcycled Qwen3-VL with a scalar head."""
 
-    path: str | None = None  # a discriminator checkpoint (align), or the dense model to upcycle (warmup)
+    path: str | None = None  # a warmed-up discriminator (align), or the dense model to upcycle (warmup)
     precision: Precision = Precision.bf16  # of parameters and activations
     freeze_vision_model: bool = False  # vision tower and its mergers
     num_experts: int = 4  # 1: a dense discriminator
@@ -188,7 +188,7 @@ class PolicyLossConfig:
     clip_high: float = 0.2  # and above 1 + clip_high
     dual_clip: float | None = None  # lower bound c of the surrogate where the advantage is negative
     aggregation: Aggregation = Aggregation.token_mean  # how token losses become one number, over the global batch
-    kl_coefficient: float = 0.0  # of the k3 divergence from the starting policy; 0: none
+    kl_coefficient: float = 0.0  # of the k3 divergence from the starting policy; the stages do not measure it yet: 0
     max_log_ratio: float = 20.0  # log-ratios are clamped to +- this before exp
 
 
@@ -201,7 +201,7 @@ class AlignAlgorithmConfig:
     format_penalty: float = 1.5  # taken off the advantage of a response in the wrong format
     score_clip: float = 10.0  # bounds the scores that the policy sees, never the discriminator's gradient
     discriminator_steps_frozen: bool = False  # keep the discriminator as warm-up left it
-    min_content_probe: float | None = None  # stop before training when the content probe is below it
+    min_content_probe: float | None = None  # stop before training when the content probe is below it, or cannot be measured
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)  # the clipped surrogate
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
+from prism_nemo.config.discriminator import check_warmed_up
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import CP, EP, PP, ModelSizes, check_model, check_parallel, data_parallel_size, read_model_sizes
 from prism_nemo.config.ranges import check_ranges
@@ -24,6 +25,7 @@ from prism_nemo.config.schema import (
     ParallelConfig,
     PipelineConfig,
     PipelineStage,
+    PolicyLossConfig,
     RLVRConfig,
     RolloutConfig,
     RolloutEngineKind,
@@ -54,6 +56,7 @@ EXP_MANAGER_KEYS = (
     "clearml_logger_kwargs",
     "files_to_copy",
 )
+FOLDERS_OF_A_PIPELINE = ("data", "model", "hf")  # the digits task, its untrained model, the exported policy
 OUTPUT_MADE_BY = {
     "policy": (StageKind.sft, StageKind.align, StageKind.rlvr),
     "discriminator": (StageKind.warmup, StageKind.align),
@@ -90,6 +93,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_discriminator(config.discriminator)
     if isinstance(config, AlignConfig | RLVRConfig):
         _check_group(config.rollout)
+        _check_policy_loss(config.algorithm.policy_loss)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig):
         _check_sampling(config.rollout)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig):
@@ -212,6 +216,15 @@ def _check_group(rollout: RolloutConfig) -> None:
         )
 
 
+def _check_policy_loss(policy_loss: PolicyLossConfig) -> None:
+    if policy_loss.kl_coefficient > 0:
+        raise ConfigError(
+            "the divergence from the starting policy is not measured in this release",
+            where="algorithm.policy_loss.kl_coefficient",
+            remedy="set it to 0",
+        )
+
+
 def _check_sampling(rollout: RolloutConfig) -> None:
     if rollout.temperature <= 0:
         raise ConfigError(
@@ -294,6 +307,8 @@ def _check_models(config: StageConfig) -> None:
                 "there is no discriminator", where="discriminator.path", remedy=f"give the directory of {made_from}"
             )
         sizes = read_model_sizes(Path(discriminator.path), key="discriminator.path")
+        if isinstance(config, AlignConfig):
+            check_warmed_up(discriminator)
         if discriminator.num_experts > 1:
             sizes = dataclasses.replace(sizes, num_experts=discriminator.num_experts, moe_ffn_hidden_size=sizes.ffn_hidden_size)
         models.append(sizes)
@@ -336,6 +351,10 @@ def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
         where = f"pipeline stage {stage.name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", stage.name):
             raise ConfigError(f"`{stage.name}` cannot name a folder", where="stages", remedy="use letters, digits, `_` and `-`")
+        if stage.name in FOLDERS_OF_A_PIPELINE:
+            raise ConfigError(
+                "the pipeline itself writes a folder of this name", where=where, remedy="give the stage another name"
+            )
         if stage.name in earlier:
             raise ConfigError("two stages have this name", where=where, remedy="names are unique, each is a folder of the run")
         overrides = stage_overrides(config, stage)

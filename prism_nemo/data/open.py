@@ -21,11 +21,6 @@ def open_file(path: str, data: DataConfig, *, required: tuple[str, ...]) -> Reco
     return read_records(Path(path), image_root=image_root, max_bad_sample_share=data.max_bad_sample_share).require(*required)
 
 
-def open_records(path: str, data: DataConfig, *, required: tuple[str, ...]) -> list[Record]:
-    """The usable records of a file."""
-    return open_file(path, data, required=required).records
-
-
 def open_stream(
     config: SFTConfig | WarmupConfig | AlignConfig | RLVRConfig, encode: Callable[[Record], T], *, required: tuple[str, ...]
 ) -> RecordStream[T]:

@@ -8,13 +8,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from prism_nemo.data.bad_records import BadRecord, refuse_bad_share
+from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.records import Record
 from prism_nemo.errors import CheckpointError, ConfigError, DataError
 
 T = TypeVar("T")
-
-_MIN_SEEN = 100  # records that the share of bad ones is taken of, at least (or one epoch, where that is less)
 
 
 class RecordStream(Generic[T]):
@@ -22,8 +20,10 @@ class RecordStream(Generic[T]):
 
     The position counts records of the global batch, so it is the same for any number of ranks: rank r of n encodes the
     records r, r + n, … of each global batch. `encode` turns a record into what the stage trains on; a record for which it
-    raises DataError is left out of its batch and listed in `bad`, and when their share on this rank exceeds
-    `max_bad_sample_share` the stream raises DataError.
+    raises DataError is left out of its batch and listed in `bad`.
+
+    tally          of all ranks; whoever draws the batches adds every rank's `tried` and `failed` to it
+    tried, failed  records of this rank's part of the last batch, and how many of them were left out
     """
 
     def __init__(
@@ -45,16 +45,14 @@ class RecordStream(Generic[T]):
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.max_bad_sample_share = max_bad_sample_share
+        self.tally = BadTally(max_share=max_bad_sample_share, num_records=len(records))
+        self.tried = 0
+        self.failed = 0
         self.consumed_samples = 0
-        self.bad: list[BadRecord] = []  # every bad record once, in the order of their first appearance
-        self._num_seen = 0  # records that this rank tried to encode
-        self._num_bad = 0
+        self.bad: list[BadRecord] = []  # this rank's, every bad record once, in the order of their first appearance
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
-        self._fingerprint = hashlib.sha256(
-            "\n".join(record.id for record in records).encode("utf-8", "surrogatepass")
-        ).hexdigest()
+        self._fingerprint = fingerprint(records)
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> list[tuple[Record, T]]:
         """This rank's part of the next global batch, in order; every rank must call it for the stream to stay in step."""
@@ -62,34 +60,27 @@ class RecordStream(Generic[T]):
             raise ValueError(f"rank {rank} of {world_size}")
         start = self.consumed_samples
         self.consumed_samples += self.batch_size
+        self.tried = self.failed = 0
         batch = []
         for position in range(start + rank, start + self.batch_size, world_size):
             record = self.records[self._index(position)]
-            self._num_seen += 1
+            self.tried += 1
             try:
                 batch.append((record, self.encode(record)))
             except DataError as error:
                 self._add_bad(record, error)
-        # The share of the first records, before they are all seen: one bad one is no cause to stop, more than they may hold is.
-        counted = max(self._num_seen, min(_MIN_SEEN, max(1, len(self.records) // world_size)))
-        if self._num_bad > self.max_bad_sample_share * counted:
-            refuse_bad_share(
-                self.bad,
-                num_bad=self._num_bad,
-                num_seen=self._num_seen,
-                max_share=self.max_bad_sample_share,
-                where="while encoding records",
-            )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in. Equal on all ranks."""
+        """The position, what it is a position in, and the tally. Equal on all ranks."""
         return {
             "consumed_samples": self.consumed_samples,
             "num_records": len(self.records),
             "fingerprint": self._fingerprint,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "tried": self.tally.tried,
+            "failed": self.tally.failed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,6 +96,7 @@ class RecordStream(Generic[T]):
                     remedy="resume with the same data file and seed, or start a new run from the checkpoint's weights",
                 )
         self.consumed_samples = state["consumed_samples"]
+        self.tally.tried, self.tally.failed = state["tried"], state["failed"]
 
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.records))
@@ -116,6 +108,11 @@ class RecordStream(Generic[T]):
         return int(self._order[offset])
 
     def _add_bad(self, record: Record, error: DataError) -> None:
-        self._num_bad += 1
+        self.failed += 1
         if all(bad.id != record.id for bad in self.bad):
             self.bad.append(BadRecord.from_error(record.id, f"record {record.id}", error))
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Of the records' ids and their order."""
+    return hashlib.sha256("\n".join(record.id for record in records).encode("utf-8", "surrogatepass")).hexdigest()

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+from prism_nemo.algorithms.metrics import MetricSums, merge
 from prism_nemo.config.schema import DataConfig, RolloutConfig
 from prism_nemo.data.chat import ChatEncoder
-from prism_nemo.data.open import open_records
+from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.step import reduce_metrics
-from prism_nemo.errors import ConfigError
+from prism_nemo.evaluation.held_out import open_held_out
+from prism_nemo.packing.groups import EncodedPrompt
+from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rollout.base import RolloutEngine
-from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.rollout.batch import RolloutBatch, prompts_at_once, sample_rollouts
 
 
-def sample_validation(
-    engine: RolloutEngine,
-    encoder: ChatEncoder,
-    data: DataConfig,
-    rollout: RolloutConfig,
-    runtime: Runtime,
-    *,
-    seed: int,
-    limit: int | None,
-) -> RolloutBatch:
-    """This data-parallel rank's share of responses to `data.validation`, at most `limit` records over all ranks.
+class HeldOutPrompts:
+    """The prompts of `data.validation`, at most `limit` over all ranks, and a policy's responses to them.
 
     Seeds depend on the run's seed and the record alone, so that two policies are compared on the same random numbers. Raises
-    DataError for the first record that cannot be encoded: an evaluation leaves nothing out.
+    DataError for records that cannot be used (see `open_held_out`).
     """
-    if data.validation is None:
-        raise ConfigError("there is no validation data", where="data.validation", remedy="name a .json, .jsonl or .parquet file")
-    records = open_records(data.validation, data, required=())[:limit]
-    mine = records[runtime.data_parallel_rank :: runtime.data_parallel_size]
-    prompts = [(record, encoder.encode_prompt(record)) for record in mine]
-    return sample_rollouts(engine, encoder, prompts, rollout, seed=seed, step=0)
 
+    def __init__(
+        self, engine: RolloutEngine, encoder: ChatEncoder, data: DataConfig, runtime: Runtime, *, seed: int, limit: int | None
+    ) -> None:
+        self.engine = engine
+        self.encoder = encoder
+        self.runtime = runtime
+        self.seed = seed
+        self.records = open_held_out(data, self._encode, runtime, limit=limit)
 
-def evaluate(
-    engine: RolloutEngine,
-    encoder: ChatEncoder,
-    data: DataConfig,
-    rollout: RolloutConfig,
-    runtime: Runtime,
-    *,
-    seed: int,
-    limit: int | None,
-) -> dict[str, float]:
-    """accuracy, caption_accuracy, format_rate, …: one response per held-out prompt; empty without a file."""
-    if data.validation is None:
-        return {}
-    single = replace(rollout, num_rollouts_per_prompt=1)
-    batch = sample_validation(engine, encoder, data, single, runtime, seed=seed, limit=limit)
-    return reduce_metrics(batch.metrics(), runtime)
+    def sample(self, rollout: RolloutConfig) -> Iterator[RolloutBatch]:
+        """Responses to this data-parallel rank's prompts, as many at a time as are decoded together.
+
+        Every rank gets as many batches, some of them without prompts perhaps. A collective.
+        """
+        at_once, mine = prompts_at_once(rollout), self.records.mine
+        batches = self.runtime.max_over_data_parallel(-(-len(mine) // at_once))
+        for start in range(0, batches * at_once, at_once):
+            prompts = [(record, self._encode(record)) for record in mine[start : start + at_once]]
+            yield sample_rollouts(self.engine, self.encoder, prompts, rollout, seed=self.seed, step=0)
+
+    def accuracy(self, rollout: RolloutConfig) -> dict[str, float]:
+        """accuracy, caption_accuracy, format_rate, …: one response per prompt; empty without a validation file."""
+        sums: MetricSums = {}
+        if self.records.total:
+            for batch in self.sample(replace(rollout, num_rollouts_per_prompt=1)):
+                sums = merge(sums, batch.metrics())
+        return reduce_metrics(sums, self.runtime)
+
+    def _encode(self, record: Record) -> EncodedPrompt:
+        if record.answer is not None:
+            check_truth(record.answer)
+        return self.encoder.encode_prompt(record)

@@ -72,18 +72,28 @@ _EXPRESSION = re.compile(r"[\\^_=+*<>]")
 def answers_match(given: str, truth: str) -> bool:
     """Whether `given`, a model's answer, is `truth`, the verified one. An empty or overlong `given` never is.
 
-    Raises DataError when `truth` is empty or longer than MAX_ANSWER_CHARACTERS.
+    Raises DataError where `check_truth` does.
+    """
+    wanted = check_truth(truth)
+    written = _normalize(given) if len(given) <= MAX_ANSWER_CHARACTERS else ""
+    return bool(written) and _match(written, wanted)
+
+
+def check_truth(truth: str) -> str:
+    """The verified answer in the form in which answers are compared.
+
+    Raises DataError when nothing is left of it in that form (it is empty, or `.` or `$` alone), or when it is longer than
+    MAX_ANSWER_CHARACTERS: stages ask when they read a record, so that a run does not find out by its first valid response.
     """
     fits = len(truth) <= MAX_ANSWER_CHARACTERS
     wanted = _normalize(truth) if fits else ""
     if not wanted:
+        problem = "empty" if fits else "too long to be compared"
         raise DataError(
-            "the verified answer is " + ("empty" if fits else "too long to be compared"),
-            where=repr(truth[:100]),
+            f"the verified answer is {problem}: {truth[:100]!r}",
             remedy=f"give every record an answer of 1 to {MAX_ANSWER_CHARACTERS} characters",
         )
-    written = _normalize(given) if len(given) <= MAX_ANSWER_CHARACTERS else ""
-    return bool(written) and _match(written, wanted)
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from prism_nemo.config.schema import RewardConfig
 from prism_nemo.errors import ConfigError
 from prism_nemo.rewards.answer import answers_match
 from prism_nemo.rewards.format import parse_response
@@ -26,7 +28,7 @@ class RewardFunction(Protocol):
 def score(response: str, answer: str, *, accuracy_weight: float, format_weight: float) -> Reward:
     """`accuracy_weight * accuracy + format_weight * format` of a response against the verified answer; 0 for an invalid format.
 
-    Raises DataError when the verified answer is empty or too long (`answers_match`).
+    Raises DataError when the verified answer is empty or too long (`check_truth`).
     """
     parsed = parse_response(response)
     if parsed is None:
@@ -45,3 +47,10 @@ def reward_function(name: str) -> RewardFunction:
     if name not in REWARDS:
         raise ConfigError(f"there is no reward named {name!r}", remedy="choose one of " + ", ".join(sorted(REWARDS)))
     return REWARDS[name]
+
+
+def rewards_of(responses: Sequence[str], answers: Sequence[str], config: RewardConfig) -> list[Reward]:
+    """What each response earns against its verified answer."""
+    reward = reward_function(config.name)
+    weights = {"accuracy_weight": config.accuracy_weight, "format_weight": config.format_weight}
+    return [reward(response, answer, **weights) for response, answer in zip(responses, answers, strict=True)]

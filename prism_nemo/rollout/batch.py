@@ -109,6 +109,11 @@ def sampling_params(config: RolloutConfig, encoder: ChatEncoder) -> SamplingPara
     )
 
 
+def prompts_at_once(config: RolloutConfig) -> int:
+    """Prompts whose rollouts are decoded together: to sample so many at a time gives what sampling all in one call gives."""
+    return max(1, config.max_batch_size // config.num_rollouts_per_prompt)
+
+
 def sample_rollouts(
     engine: RolloutEngine,
     encoder: ChatEncoder,

@@ -10,6 +10,7 @@ and with one optimizer step per batch the old log-probabilities are the new ones
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,15 @@ from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
-from prism_nemo.data.segments import response_segments
+from prism_nemo.data.segments import KINDS, response_segments
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.errors import DataError, PrismError
-from prism_nemo.evaluation.accuracy import evaluate
+from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
+from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
@@ -60,12 +62,17 @@ class AlignTrainer:
         self.models = {"policy": self.policy, "discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        self.engine = build_engine(config.rollout, self.policy.module, device=runtime.device)
+        self.engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
         self.stream = open_stream(config, self.encode, required=("response",))
         self.probe = ContentProbe(self.discriminator, self.encoder, config, runtime)
+        self.held_out = HeldOutPrompts(
+            self.engine, self.encoder, config.data, runtime, seed=config.runtime.seed, limit=config.trainer.limit_val_samples
+        )
 
     def encode(self, record: Record) -> AlignPrompt:
         assert record.response is not None
+        if record.answer is not None:
+            check_truth(record.answer)  # training does not look at it, the metrics do
         view = self.config.discriminator.view
         return AlignPrompt(
             self.encoder.encode_prompt(record), response_segments(record.response, self.encoder, view, sample=TEACHER)
@@ -76,7 +83,7 @@ class AlignTrainer:
         self.discriminator.prepare_for_training()
         self.check_content_probe()
         for step in self.loop.steps(self):
-            batch = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            batch = self.loop.next_batch(self.stream)
             prompts = [(record, encoded.prompt) for record, encoded in batch]
 
             with self.loop.timed("rollout"):
@@ -120,7 +127,9 @@ class AlignTrainer:
         self.discriminator.start_batch(game.rows)
         frozen = self.config.algorithm.discriminator_steps_frozen
         loss, metrics = self.discriminator.get_loss_and_metrics(game.training_batch, forward_only=frozen)
-        metrics = {"loss": loss, **metrics, **self.discriminator.router_metrics()}
+        game.share_scores()
+        spread = reduce_metrics(game.spread(), self.runtime)
+        metrics = {"loss": loss, **metrics, **spread, **self.discriminator.router_metrics()}
         return game, {f"discriminator/{name}": value for name, value in metrics.items()}
 
     def student_segments(self, text: str, index: int) -> tuple[Segment, ...] | None:
@@ -175,8 +184,9 @@ class AlignTrainer:
         return {**result, **reduce_metrics(sums, self.runtime)}
 
     def scores_are_finite(self, game: ComparisonBatch) -> bool:
-        """On every rank."""
-        return self.runtime.max_over_all(int(not bool(game.student_scores[game.compared].isfinite().all()))) == 0
+        """On every rank, the teachers' too: without the discriminator's step the policy takes none either."""
+        finite = game.student_scores[game.compared].isfinite().all() & game.teacher_scores.isfinite().all()
+        return self.runtime.max_over_all(int(not bool(finite))) == 0
 
     def sample_columns(self, game: ComparisonBatch) -> dict[str, list[Any]]:
         """The scores of every rollout by segment, for samples.jsonl; null where there is none."""
@@ -191,10 +201,19 @@ class AlignTrainer:
         minimum = self.config.algorithm.min_content_probe
         if minimum is None:
             return
-        for name, value in self.probe.run().items():
-            if name.endswith("/content_probe") and value < minimum:
+        found = self.probe.run()
+        for kind in KINDS[self.config.discriminator.view]:
+            name = kind.name.lower()
+            value = found.get(f"{name}/content_probe")
+            if value is None:
                 raise PrismError(
-                    f"the discriminator's content probe is {value:.3f} for {name.split('/')[0]}, the gate is {minimum}",
+                    f"there is a gate for the content probe of {name}, and nothing to measure it on",
+                    where="algorithm.min_content_probe, data.validation",
+                    remedy="give held-out records a `response` and a `probe_response`, or set algorithm.min_content_probe=null",
+                )
+            if not (value >= minimum and math.isfinite(found[f"{name}/content_probe_margin"])):
+                raise PrismError(
+                    f"the discriminator's content probe is {value:.3f} for {name}, the gate is {minimum}",
                     where="algorithm.min_content_probe",
                     remedy="warm it up longer, on pairs whose teacher and student write in one style; or lower the gate",
                 )
@@ -202,16 +221,7 @@ class AlignTrainer:
     def run_validation(self) -> dict[str, float]:
         """The content probe, and the policy's accuracy on held-out prompts where the answers are known."""
         metrics = {f"discriminator/{name}": value for name, value in self.probe.run().items()}
-        accuracy = evaluate(
-            self.engine,
-            self.encoder,
-            self.config.data,
-            self.config.rollout,
-            self.runtime,
-            seed=self.config.runtime.seed,
-            limit=self.config.trainer.limit_val_samples,
-        )
-        return {**metrics, **accuracy}
+        return {**metrics, **self.held_out.accuracy(self.config.rollout)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict()}

@@ -16,6 +16,7 @@ from prism_nemo.algorithms.discriminator_loss import (
     bradley_terry_loss,
     content_probe,
     discriminator_health,
+    groups_without_spread,
     histogram_shares,
     score_regularization,
 )
@@ -54,6 +55,7 @@ class ComparisonBatch:
     """One step of the discriminator on one data-parallel rank: rows, loss, and afterwards the scores.
 
     student_scores  float32 [responses, kinds], filled as rows run; NaN where a response is in no comparison
+    teacher_scores  float32 [comparisons, kinds], filled likewise
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class ComparisonBatch:
         max_tokens: int,
     ) -> None:
         self.config = config
+        self.runtime = runtime
         self.kinds = KINDS[config.view]
         self.student_scores = torch.full((num_students, len(self.kinds)), float("nan"))
+        self.teacher_scores = torch.full((len(comparisons), len(self.kinds)), float("nan"))
         self.comparison_of = torch.full((num_students,), -1)
         groups: list[Group] = []
         copies = []
@@ -105,26 +109,42 @@ class ComparisonBatch:
         total = scores.sum() * 0.0
         metrics: MetricSums = {}
         for column, kind in enumerate(self.kinds):
-            teacher, student, comparison, samples = self._pairs(row, scores, kind)
+            teacher, student, samples = self._pairs(row, scores, kind)
             self.student_scores[samples, column] = student.detach().float().cpu()
+            teachers = ((row.segment_kind == kind) & (row.segment_sample < 0)).nonzero().flatten()
+            self.teacher_scores[TEACHER - row.segment_sample[teachers].cpu(), column] = scores[teachers].detach().float().cpu()
             total = total + bradley_terry_loss(teacher, student, global_pairs=self.global_pairs)
             if self.config.score_regularization > 0:
                 total = total + self._regularization(row, scores, student, kind)
             name = kind.name.lower()
-            metrics = merge(metrics, discriminator_health(teacher, student, comparison, kind=name))
+            metrics = merge(metrics, discriminator_health(teacher, student, kind=name))
             metrics = merge(metrics, histogram_shares(teacher, kind=name, role="teacher"))
             metrics = merge(metrics, histogram_shares(student, kind=name, role="student"))
         return total, metrics
 
+    def share_scores(self) -> None:
+        """Gives every pipeline stage the scores, which the last one has, when all rows have run. A collective."""
+        scores = self.runtime.broadcast_from_last_stage((self.student_scores, self.teacher_scores))
+        self.student_scores, self.teacher_scores = scores
+
+    def spread(self) -> MetricSums:
+        """`groups_without_spread` of every kind, when all rows have run: the rows may each hold but a part of a comparison."""
+        metrics: MetricSums = {}
+        compared = self.compared
+        for column, kind in enumerate(self.kinds):
+            scores = self.student_scores[compared, column]
+            metrics |= groups_without_spread(scores, self.comparison_of[compared], kind=kind.name.lower())
+        return metrics
+
     def probe(self, row: PackedRow, scores: Tensor) -> tuple[Tensor, MetricSums]:
         metrics: MetricSums = {}
         for kind in self.kinds:
-            teacher, student, _, _ = self._pairs(row, scores, kind)
+            teacher, student, _ = self._pairs(row, scores, kind)
             metrics = merge(metrics, content_probe(teacher, student, kind=kind.name.lower()))
         return scores.sum() * 0.0, metrics
 
-    def _pairs(self, row: PackedRow, scores: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Teacher's and student's scores of every pair of a kind in the row, its comparison's number, and the student's index."""
+    def _pairs(self, row: PackedRow, scores: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher's and student's scores of every pair of a kind in the row, and the student's index."""
         teacher_at: dict[int, int] = {}
         pairs: list[tuple[int, int, int]] = []
         kinds = row.segment_kind.tolist()
@@ -137,9 +157,8 @@ class ComparisonBatch:
                 pairs.append((position, sample, int(self.comparison_of[sample])))
         students = torch.tensor([position for position, _, _ in pairs], dtype=torch.int64, device=scores.device)
         teachers = torch.tensor([teacher_at[number] for _, _, number in pairs], dtype=torch.int64, device=scores.device)
-        numbers = torch.tensor([number for _, _, number in pairs], dtype=torch.int64, device=scores.device)
         samples = torch.tensor([sample for _, sample, _ in pairs], dtype=torch.int64)
-        return scores[teachers], scores[students], numbers, samples
+        return scores[teachers], scores[students], samples
 
     def _regularization(self, row: PackedRow, scores: Tensor, student: Tensor, kind: int) -> Tensor:
         mine = ((row.segment_kind == kind) & (row.segment_sample < 0)).nonzero().flatten()
@@ -155,7 +174,11 @@ def _with_teacher(comparison: Comparison, index: int) -> Group:
 
 
 def _pieces(comparison: Comparison, max_tokens: int) -> list[Comparison]:
-    """Cuts a comparison that exceeds the row budget; every piece has the prompt and the teacher's segments."""
+    """Cuts a comparison that exceeds the row budget; every piece has the prompt and the teacher's segments.
+
+    Scores, loss and regularisation are those of the whole comparison. The router's load balancing is not: to it each piece is a
+    group, in which the prompt's and the teacher's tokens count once more.
+    """
     base = len(comparison.prompt) + sum(len(segment) for segment in comparison.teacher)
     pieces: list[list[tuple[Segment, ...]]] = [[]]
     used = base

@@ -1,35 +1,36 @@
-"""What every stage's loop does around its own steps: resume, log, validate, save, stop.
+"""What every stage's loop does around its own steps: resume, draw batches, log, save, validate, stop.
 
 A trainer writes its loop out and calls this; nothing is inherited:
 
     for step in loop.steps(self):
+        batch = loop.next_batch(self.stream)
         ...
         loop.end_step(metrics, samples)
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prism_nemo.config.compose import dump_config
 from prism_nemo.config.schema import AlignConfig, EvalConfig, PairsConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.progress import StepProgress
+from prism_nemo.stages.bad_samples import settle_bad_records
+from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved on a signal; run the same command again
+T = TypeVar("T")
 
 
 class Trainer(Protocol):
@@ -78,58 +79,95 @@ class StageLoop:
         self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
         self._bad_steps = 0
         self._bad_listed = 0
-        self._stop_signal: int | None = None
+        self._signals = StopSignals()
         self._times: dict[str, float] = {}
 
     def __enter__(self) -> StageLoop:
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._signals.__enter__()
         self.experiment.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(kind, error, traceback)
         self.experiment.__exit__(kind, error, traceback)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signal = number
 
     def steps(self, trainer: Trainer) -> Iterator[int]:
         """The steps still to do, from 0 or from behind the newest checkpoint, each ended with `end_step`.
 
-        Behind a step that calls for it, validates and saves; the last one always does. After SIGTERM or SIGUSR1 the running step
-        is finished and saved, and the process exits with status 75.
+        Behind a step that calls for it, saves and then validates; the last one always does. After SIGTERM or SIGUSR1 the running
+        step is finished and saved, and the process exits with status 75; a validation that was due is made up for when the run
+        is resumed.
         """
-        settings = self.config.trainer
-        start = 0
-        state = self.checkpoints.load(trainer.models)
-        if state is not None:
-            start = state["step"]
-            self._bad_steps = state["bad_steps"]
-            trainer.load_state_dict(state["trainer"])
-        self.experiment.rewind(start)
-        bar = self.experiment.progress_steps(start, settings.max_steps, self.stage)
+        start = self._resume(trainer)
+        bar = self.experiment.progress_steps(start, self.config.trainer.max_steps, self.stage)
         for step in bar:
             began = time.perf_counter()
             self._ended = False
             self._times = {}
             yield step
             assert self._ended, "the loop's body must call end_step"
-            done = step + 1
             self._metrics["time/step_seconds"] = time.perf_counter() - began
-            self.experiment.log_metrics(done, self._metrics | self._times)
-            self.experiment.log_samples(done, self._samples)
-            self._list_bad_samples(trainer)
+            self.experiment.log_metrics(step + 1, self._metrics | self._times)
+            self.experiment.log_samples(step + 1, self._samples)
             self._show(bar)
-            last = done == settings.max_steps
-            stop = self._anyone_was_told_to_stop()
-            if last or (settings.val_check_interval and done % settings.val_check_interval == 0):
-                self.validate(trainer, done)
-            if last or stop or (settings.save_interval and done % settings.save_interval == 0):
+            self._save_and_validate(trainer, step + 1)
+
+    def _resume(self, trainer: Trainer) -> int:
+        """Loads the newest checkpoint and returns its step; 0 when there is none."""
+        state = self.checkpoints.load(trainer.models)
+        if state is None:
+            self.experiment.rewind(0)
+            return 0
+        start: int = state["step"]
+        self._bad_steps = state["bad_steps"]
+        trainer.load_state_dict(state["trainer"])
+        self.experiment.rewind(start)
+        validated = self.runtime.max_over_all(int(self.experiment.has_metrics(start, "validation"))) > 0
+        if self._validation_is_due(start) and not validated:
+            self.validate(trainer, start)
+        return start
+
+    def _save_and_validate(self, trainer: Trainer, done: int) -> None:
+        """What is due behind step `done` (from 1). Saving comes first: nothing that goes wrong later takes the step away."""
+        settings = self.config.trainer
+        last, stop, due = done == settings.max_steps, self._anyone_was_told_to_stop(), self._validation_is_due(done)
+        saves = last or stop or bool(settings.save_interval and done % settings.save_interval == 0)
+        if saves:
+            self.save(trainer, done)
+        if due and not stop:
+            self.validate(trainer, done)
+            due, stop = False, self._anyone_was_told_to_stop()
+            if stop and not saves:
                 self.save(trainer, done)
-            if stop and not last:
-                self.experiment.interrupt()
-                raise SystemExit(EXIT_INTERRUPTED)
+        if stop and (due or not last):
+            self.experiment.interrupt()
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def _validation_is_due(self, done: int) -> bool:
+        settings = self.config.trainer
+        if self.config.data.validation is None:
+            return False
+        return done == settings.max_steps or bool(settings.val_check_interval and done % settings.val_check_interval == 0)
+
+    def next_batch(self, stream: RecordStream[T]) -> list[tuple[Record, T]]:
+        """This data-parallel rank's part of the next global batch, without its unusable records. A collective.
+
+        These are listed, and past the allowed share the run stops, on every rank. A global batch of such records alone is passed
+        over: no step is done on nothing.
+        """
+        while True:
+            batch = stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            new = stream.bad[self._bad_listed :]
+            self._bad_listed = len(stream.bad)
+            if settle_bad_records(
+                stream.tally,
+                tried=stream.tried,
+                failed=stream.failed,
+                new=new,
+                runtime=self.runtime,
+                experiment=self.experiment,
+            ):
+                return batch
 
     def end_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Hands over what a step measured; `samples` are written as they are."""
@@ -163,13 +201,6 @@ class StageLoop:
                 remedy="look at those samples; lower the learning rate, or use precision fp32",
             )
 
-    def _list_bad_samples(self, trainer: Trainer) -> None:
-        """Writes down the unusable records that came up on any rank since the last step."""
-        new = trainer.stream.bad[self._bad_listed :]
-        self._bad_listed = len(trainer.stream.bad)
-        for rank_bad in self.runtime.gather_objects([asdict(bad) for bad in new]):
-            self.experiment.record_bad_samples(rank_bad)
-
     def validate(self, trainer: Trainer, done: int) -> None:
         metrics = trainer.run_validation()
         if metrics:
@@ -179,7 +210,7 @@ class StageLoop:
         self.checkpoints.save(done, trainer.models, {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps})
 
     def _anyone_was_told_to_stop(self) -> bool:
-        return self.runtime.max_over_all(int(self._stop_signal is not None)) > 0
+        return self.runtime.max_over_all(int(self._signals.received)) > 0
 
     def _show(self, bar: StepProgress) -> None:
         shown = ("loss", "reward", "accuracy", "caption_accuracy", "format_rate", "perception/accuracy", "reasoning/accuracy")

@@ -3,7 +3,8 @@
     prism-nemo pipeline demo=digits
 
 Every stage has its own folder under the run directory and is a run like any other: an interrupted pipeline goes on where it
-stopped, finished stages are not run again. At the end summary.json compares the arms, and one stage's policy is exported to hf/.
+stopped, finished stages are not run again, and a stage whose settings have changed is an error. At the end summary.json compares
+the arms, and one stage's policy is exported to hf/.
 """
 
 from __future__ import annotations
@@ -15,38 +16,51 @@ import re
 import resource
 import shutil
 import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prism_nemo.config.compose import dump_config, load_config, stage_overrides
+import yaml
+
+from prism_nemo.config.compose import Config, dump_config, load_config, stage_overrides
 from prism_nemo.config.schema import ParallelConfig, PipelineConfig, PipelineStage, RuntimeConfig, StageKind
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.runtime import Runtime, session
-from prism_nemo.errors import PrismError
+from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.experiment import read_metrics
-from prism_nemo.run_directory import next_free, write_atomically
+from prism_nemo.run_directory import LOCK, RunLock, check_same_run, next_free, write_atomically
 from prism_nemo.stages.evaluate import RESULT as EVALUATION
 from prism_nemo.stages.pairs import RESULT as PAIRS
+from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 SUMMARY = "summary.json"
+PIPELINE = "pipeline.yaml"
+EXPORTED = "hf"
 EVAL_PREFIX = "eval_"  # a stage eval_NAME judges the arm NAME
 _MODULES = {StageKind.eval: "prism_nemo.stages.evaluate"}
 _REFERENCE = re.compile(r"\$\{(policy|discriminator|pairs):([^}]*)\}")
 
 
 def run(config: PipelineConfig) -> None:
-    """The `pipeline` command."""
+    """The `pipeline` command. Told to stop, it ends with status 75 behind what the running stage still has to save."""
     validate(config)
     directory = Path(config.experiment.dir)
-    with session(ParallelConfig(), RuntimeConfig(device=config.device)) as runtime:
+    with (
+        session(ParallelConfig(), RuntimeConfig(device=config.device)) as runtime,
+        StopSignals() as signals,
+        ExitStack() as stack,
+    ):
         if runtime.is_main:
-            _prepare(config, directory)
+            stack.callback(_prepare(config, directory).release)
         runtime.barrier()
         for stage in config.stages:
             run_stage(config, stage, directory, runtime)
+            if runtime.max_over_all(int(signals.received)) > 0:
+                raise SystemExit(EXIT_INTERRUPTED)
         if runtime.is_main:
             if config.export is not None:
-                _export(directory / config.export, directory / "hf")
+                _export(directory / config.export, directory / EXPORTED)
             write_atomically(directory / SUMMARY, json.dumps(summarize(config, directory), indent=2) + "\n")
             from prism_nemo.report.command import run as report
 
@@ -59,13 +73,15 @@ def run_stage(config: PipelineConfig, stage: PipelineStage, directory: Path, run
         if runtime.is_main:
             print(f"{stage.name}: finished already", flush=True)
         return
-    overrides = [_resolve(text, directory) for text in stage_overrides(config, stage)]
-    loaded = load_config(str(stage.stage), overrides)
     module = importlib.import_module(_MODULES.get(stage.stage, f"prism_nemo.stages.{stage.stage}"))
     if runtime.is_main:
         print(f"── {stage.name} ({stage.stage})", flush=True)
-    module.run(loaded)
+    module.run(_stage_config(config, stage, directory))
     gc.collect()  # models and optimizers of a stage are held by reference cycles
+
+
+def _stage_config(config: PipelineConfig, stage: PipelineStage, directory: Path) -> Config:
+    return load_config(str(stage.stage), [_resolve(text, directory) for text in stage_overrides(config, stage)])
 
 
 def summarize(config: PipelineConfig, directory: Path) -> dict[str, Any]:
@@ -102,20 +118,67 @@ def _health(stage_directory: Path) -> dict[str, float]:
     return health
 
 
-def _prepare(config: PipelineConfig, directory: Path) -> None:
-    """The run directory, and in it the digits task and its untrained model where they are asked for and not there."""
-    if directory.exists() and config.experiment.overwrite:
-        directory.rename(next_free(lambda number: directory.with_name(f"{directory.name}.old-{number}")))
-    elif directory.exists() and any(directory.iterdir()) and not config.experiment.resume:
-        raise PrismError(
-            "the run directory is not empty",
-            where=str(directory),
-            remedy="experiment.resume=true goes on with it, experiment.overwrite=true moves it aside",
-        )
+def _prepare(config: PipelineConfig, directory: Path) -> RunLock:
+    """The run directory, locked, and in it the digits task and its untrained model where they are asked for and not there."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "pipeline.yaml", dump_config(config))
-    if not config.digits.enabled:
-        return
+    lock = RunLock(directory)
+    try:
+        others = [path for path in directory.iterdir() if path.name != LOCK]
+        if others and config.experiment.overwrite:
+            lock = _move_aside(directory, lock)
+        elif others and not config.experiment.resume:
+            raise PrismError(
+                "the run directory is not empty",
+                where=str(directory),
+                remedy="experiment.resume=true goes on with it, experiment.overwrite=true moves it aside",
+            )
+        elif others:
+            _check_same_pipeline(config, directory)
+        write_atomically(directory / PIPELINE, dump_config(config))
+        if config.digits.enabled:
+            _write_digits(config, directory)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _move_aside(directory: Path, lock: RunLock) -> RunLock:
+    """Renames the old run, in which nobody may be writing, and returns the lock of a new directory in its place."""
+    for stage_lock in directory.glob(f"*/{LOCK}"):
+        RunLock(stage_lock.parent).release()
+    directory = directory.absolute()
+    directory.rename(next_free(lambda number: directory.with_name(f"{directory.name}.old-{number}")))
+    directory.mkdir()
+    new_lock = RunLock(directory)
+    lock.release()  # only now: until the move is done, the directory is nobody else's
+    return new_lock
+
+
+def _check_same_pipeline(config: PipelineConfig, directory: Path) -> None:
+    """Raises ConfigError when the stages that have run, or the digits, were made with other settings than those now given."""
+    for stage in config.stages:
+        folder = directory / stage.name
+        status, stored = _status(folder), folder / "config.yaml"
+        if not status or not stored.exists():
+            continue
+        old, new = stored.read_text(encoding="utf-8"), dump_config(_stage_config(config, stage, directory))
+        check_same_run(folder, stages=(status["stage"], str(stage.stage)), configs=(old, new))
+        steps = [(yaml.safe_load(text).get("trainer") or {}).get("max_steps") for text in (old, new)]
+        if status["state"] == "finished" and steps[0] != steps[1]:
+            raise ConfigError(
+                f"the stage has finished after {steps[0]} steps, and later stages start from its result; now it has {steps[1]}",
+                where=f"{folder}: trainer.max_steps",
+                remedy="give it as it was, set another experiment.dir, or move that run aside with experiment.overwrite=true",
+            )
+    earlier = directory / PIPELINE
+    if config.digits.enabled and (directory / "data").exists() and earlier.exists():
+        old_settings = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+        old, new = (yaml.safe_dump({key: each[key] for key in ("seed", "digits")}) for each in (old_settings, asdict(config)))
+        check_same_run(directory / "data", stages=("digits", "digits"), configs=(old, new))
+
+
+def _write_digits(config: PipelineConfig, directory: Path) -> None:
     from prism_nemo.data.digits import write_digits_task
     from prism_nemo.data.digits_model import write_base_model
 

@@ -6,21 +6,22 @@ perception. Each segment is probed by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from prism_nemo.config.schema import AlignConfig, WarmupConfig
 from prism_nemo.data.chat import ChatEncoder
-from prism_nemo.data.open import open_records
 from prism_nemo.data.records import Record
 from prism_nemo.data.segments import response_segments
 from prism_nemo.engine.runtime import Runtime
+from prism_nemo.evaluation.held_out import open_held_out
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.packing.groups import without_images
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 
 
 class ContentProbe:
-    """Probes on the validation records that have an altered response (`probe_response`); without any it measures nothing."""
+    """Probes on the validation records that have an altered response (`probe_response`); without any it measures nothing.
+
+    Raises DataError for records that cannot be used (see `open_held_out`).
+    """
 
     def __init__(
         self, discriminator: DiscriminatorModel, encoder: ChatEncoder, config: WarmupConfig | AlignConfig, runtime: Runtime
@@ -29,18 +30,19 @@ class ContentProbe:
         self.encoder = encoder
         self.config = config
         self.runtime = runtime
-        records: Sequence[Record] = ()
-        if config.data.validation is not None:
-            records = open_records(config.data.validation, config.data, required=())[: config.trainer.limit_val_samples]
-        probed = [record for record in records if record.probe_response is not None and record.response is not None]
-        self.records = probed[runtime.data_parallel_rank :: runtime.data_parallel_size]
-        self.is_empty = not probed
+        self.held_out = open_held_out(
+            config.data,
+            self._encode,
+            runtime,
+            limit=config.trainer.limit_val_samples,
+            wanted=lambda record: record.probe_response is not None and record.response is not None,
+        )
 
     def run(self) -> dict[str, float]:
         """`perception/content_probe` and `reasoning/content_probe`, and their margins. A collective."""
-        if self.is_empty:
+        if not self.held_out.total:
             return {}
-        comparisons = [self._encode(record, index) for index, record in enumerate(self.records)]
+        comparisons = [self._encode(record, index) for index, record in enumerate(self.held_out.mine)]
         batch = ComparisonBatch(
             comparisons,
             len(comparisons),
@@ -52,7 +54,7 @@ class ContentProbe:
             _, metrics = self.discriminator.get_loss_and_metrics(batch.probe_batch, forward_only=True)
         return metrics
 
-    def _encode(self, record: Record, index: int) -> Comparison:
+    def _encode(self, record: Record, index: int = 0) -> Comparison:
         assert record.response is not None and record.probe_response is not None
         prompt = self.encoder.encode_prompt(record)
         view = self.config.discriminator.view

@@ -21,10 +21,11 @@ from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.engine.step import reduce_metrics
-from prism_nemo.evaluation.accuracy import evaluate
+from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rewards.registry import Reward, reward_function
+from prism_nemo.rewards.answer import check_truth
+from prism_nemo.rewards.registry import Reward, reward_function, rewards_of
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.stages.loop import StageLoop
@@ -38,22 +39,27 @@ class RLVRTrainer:
         self.config = config
         self.runtime = runtime
         self.loop = loop
-        self.reward = reward_function(config.reward.name)
+        reward_function(config.reward.name)  # an unknown name is found before a model is loaded
         self.policy = PolicyModel(config.model, config.parallel, runtime)
         self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
         self.models = {"policy": self.policy}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        self.engine = build_engine(config.rollout, self.policy.module, device=runtime.device)
+        self.engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
         self.stream = open_stream(config, self.encode, required=("answer",))
+        self.held_out = HeldOutPrompts(
+            self.engine, self.encoder, config.data, runtime, seed=config.runtime.seed, limit=config.trainer.limit_val_samples
+        )
 
     def encode(self, record: Record) -> EncodedPrompt:
+        """Raises DataError for a record without an answer that can be verified, too."""
+        check_truth(record.answer or "")
         return self.encoder.encode_prompt(record)
 
     def fit(self) -> None:
         self.policy.prepare_for_training()
         for step in self.loop.steps(self):
-            prompts = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            prompts = self.loop.next_batch(self.stream)
 
             with self.loop.timed("rollout"):
                 self.engine.update_weights(self.policy.hf_tensors(), version=step)
@@ -91,27 +97,12 @@ class RLVRTrainer:
 
     def rewards(self, rollouts: RolloutBatch) -> list[Reward]:
         """Every rollout's reward against its prompt's verified answer."""
-        return [
-            self.reward(
-                text,
-                rollouts.record_of(index).answer or "",
-                accuracy_weight=self.config.reward.accuracy_weight,
-                format_weight=self.config.reward.format_weight,
-            )
-            for index, text in enumerate(rollouts.texts)
-        ]
+        answers = [rollouts.record_of(index).answer or "" for index in range(len(rollouts.texts))]
+        return rewards_of(rollouts.texts, answers, self.config.reward)
 
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts; nothing without a validation file."""
-        return evaluate(
-            self.engine,
-            self.encoder,
-            self.config.data,
-            self.config.rollout,
-            self.runtime,
-            seed=self.config.runtime.seed,
-            limit=self.config.trainer.limit_val_samples,
-        )
+        return self.held_out.accuracy(self.config.rollout)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict()}

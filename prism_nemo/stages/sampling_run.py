@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from prism_nemo.config.schema import EvalConfig, PairsConfig
 from prism_nemo.data.chat import ChatEncoder
@@ -12,7 +13,9 @@ from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.experiment import Experiment
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import RolloutEngine, build_engine
+from prism_nemo.run_directory import resolve_model_directory
 from prism_nemo.stages.loop import open_experiment
+from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +24,26 @@ class SamplingRun:
     experiment: Experiment
     encoder: ChatEncoder
     engine: RolloutEngine
+    policy_directory: Path
+    signals: StopSignals
+
+    def stop_if_told(self) -> None:
+        """Ends the process with status 75, on every rank, when any of them got SIGTERM or SIGUSR1. A collective."""
+        if self.runtime.max_over_all(int(self.signals.received)) > 0:
+            raise SystemExit(EXIT_INTERRUPTED)
 
 
 @contextmanager
 def open_sampling_run(stage: str, config: EvalConfig | PairsConfig) -> Iterator[SamplingRun]:
-    """Such a run has no steps to resume at: it starts anew each time, with empty metrics and samples."""
-    with session(config.parallel, config.runtime) as runtime, open_experiment(stage, config, runtime) as experiment:
+    """Such a run has no steps: its metrics and samples start anew each time."""
+    with (
+        StopSignals() as signals,
+        session(config.parallel, config.runtime) as runtime,
+        open_experiment(stage, config, runtime) as experiment,
+    ):
         experiment.rewind(0)
+        directory = resolve_model_directory(Path(config.model.path), PolicyModel.name)
         policy = PolicyModel(config.model, config.parallel, runtime)
         encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
-        yield SamplingRun(runtime, experiment, encoder, build_engine(config.rollout, policy.module, device=runtime.device))
+        engine = build_engine(config.rollout, policy.chunks, device=runtime.device)
+        yield SamplingRun(runtime, experiment, encoder, engine, directory, signals)

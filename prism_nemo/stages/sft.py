@@ -15,9 +15,10 @@ from prism_nemo.algorithms.metrics import MetricSums, mean_of
 from prism_nemo.config.schema import SFTConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
-from prism_nemo.data.open import open_records, open_stream
+from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.evaluation.held_out import open_held_out
 from prism_nemo.models.base import TrainingBatch
 from prism_nemo.models.policy import PolicyModel, PolicyOutput
 from prism_nemo.packing.groups import Group, Segment
@@ -37,6 +38,9 @@ class SFTTrainer:
         self.models = {"policy": self.policy}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.stream = open_stream(config, self.encode, required=("response",))
+        self.held_out = open_held_out(
+            config.data, self.encode, runtime, required=("response",), limit=config.trainer.limit_val_samples
+        )
 
     def encode(self, record: Record) -> Group:
         """One demonstration: its prompt, and the response as the only segment."""
@@ -46,7 +50,7 @@ class SFTTrainer:
     def fit(self) -> None:
         self.policy.prepare_for_training()
         for step in self.loop.steps(self):
-            samples = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            samples = self.loop.next_batch(self.stream)
             batch = self.batch([group for _, group in samples])
 
             self.policy.prepare_for_training_step()
@@ -60,16 +64,11 @@ class SFTTrainer:
 
     def run_validation(self) -> dict[str, float]:
         """Loss on held-out demonstrations; nothing without a validation file."""
-        if self.config.data.validation is None:
+        if not self.held_out.total:
             return {}
-        records = open_records(self.config.data.validation, self.config.data, required=("response",))
-        mine = records[: self.config.trainer.limit_val_samples][
-            self.runtime.data_parallel_rank :: self.runtime.data_parallel_size
-        ]
+        batch = self.batch([self.encode(record) for record in self.held_out.mine])
         with self.policy.inference_mode():
-            loss, metrics = self.policy.get_loss_and_metrics(
-                self.batch([self.encode(record) for record in mine]), forward_only=True
-            )
+            loss, metrics = self.policy.get_loss_and_metrics(batch, forward_only=True)
         return {"loss": loss, **metrics}
 
     def batch(self, groups: Sequence[Group]) -> TrainingBatch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prism_nemo.config.discriminator import TRAINED_WITH, trained_with
 from prism_nemo.config.schema import WarmupConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
@@ -30,7 +31,9 @@ class WarmupTrainer:
         self.runtime = runtime
         self.loop = loop
         self.discriminator = DiscriminatorModel(config.discriminator, config.parallel, runtime, seed=config.runtime.seed)
-        self.discriminator.module.head_dropout = config.discriminator.head_dropout
+        for chunk in self.discriminator.chunks:
+            chunk.head_dropout = config.discriminator.head_dropout
+        self.discriminator.hf_config = {**self.discriminator.hf_config, TRAINED_WITH: trained_with(config.discriminator)}
         self.discriminator.build_optimizer(config.optimizer, config.trainer.max_steps)
         self.models = {"discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.discriminator.assets, config.data, image_root=None)
@@ -51,7 +54,7 @@ class WarmupTrainer:
     def fit(self) -> None:
         self.discriminator.prepare_for_training()
         for step in self.loop.steps(self):
-            samples = self.stream.next_batch(self.runtime.data_parallel_rank, self.runtime.data_parallel_size)
+            samples = self.loop.next_batch(self.stream)
             batch = self.batch([comparison for _, comparison in samples])
 
             self.discriminator.prepare_for_training_step()

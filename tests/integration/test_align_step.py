@@ -16,7 +16,7 @@ from torch import Tensor
 from prism_nemo.algorithms.advantages import prism_advantages
 from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.algorithms.policy_loss import policy_loss
-from prism_nemo.data.open import open_records
+from prism_nemo.data.open import open_file
 from prism_nemo.data.segments import response_segments
 from prism_nemo.errors import PrismError
 from prism_nemo.models.base import TrainableModel, TrainingBatch
@@ -349,7 +349,8 @@ def test_the_probe_is_the_share_of_true_texts_that_win_alone(folder: Path) -> No
     """Each text in a row of its own, over the first seven held-out records."""
     with trainer_of("align", folder / "probe", "trainer.limit_val_samples=7") as trainer:
         found = trainer.probe.run()
-        records = open_records(trainer.config.data.validation, trainer.config.data, required=("probe_response",))[:7]
+        path, data = trainer.config.data.validation, trainer.config.data
+        records = open_file(path, data, required=("probe_response",)).records[:7]
         margins = torch.zeros(7, len(KINDS))
         with trainer.discriminator.inference_mode():
             for number, record in enumerate(records):

@@ -136,18 +136,20 @@ def test_scores_are_kept_by_response_and_kind(max_tokens: int) -> None:
     assert torch.equal(batch.comparison_of, torch.tensor([0, 0, 0, 0, 0, 1, -1, 0, 1, 3]))
     torch.testing.assert_close(batch.student_scores[inside], student.detach().float()[inside])
     assert bool(batch.student_scores[~inside].isnan().all())
+    torch.testing.assert_close(batch.teacher_scores, teacher.detach().float())  # that of the prompt without students too
     assert not batch.student_scores.requires_grad
 
 
 @pytest.mark.parametrize("max_tokens", [ROOM, 120, 56])
 def test_metrics_by_hand(max_tokens: int) -> None:
-    """A tie, and a group whose students all tie; the cut changes nothing but that a group may not be seen whole."""
+    """A tie, and a group whose students all tie; the cut changes nothing, not even where it goes through a group."""
     teacher, student = draw_scores()
     with torch.no_grad():
         student[8] = student[5]  # the group of prompt 1 has no spread
         student[9, 0] = teacher[3, 0]  # a tie
         student[9, 1] = teacher[3, 1] + 5e-6  # also one
-    _, metrics = total(make_batch(max_tokens), teacher, student)
+    batch = make_batch(max_tokens)
+    _, metrics = total(batch, teacher, student)
     pairs = [(number, index) for number, own in enumerate(STUDENTS) for index in own]
     for column, name in enumerate(("perception", "reasoning")):
         margins = [float(teacher[number, column] - student[index, column]) for number, index in pairs]
@@ -162,8 +164,7 @@ def test_metrics_by_hand(max_tokens: int) -> None:
         assert metrics[f"{name}/student_score"] == pytest.approx(
             sum(float(student[index, column]) for _, index in pairs) / len(pairs)
         )
-    if max_tokens == ROOM:
-        assert metrics["perception/groups_without_spread"] == pytest.approx(1 / 2)
+    assert finalize(batch.spread()) == {"perception/groups_without_spread": 1 / 2, "reasoning/groups_without_spread": 1 / 2}
 
 
 def test_the_order_of_the_students_does_not_matter() -> None:
@@ -173,8 +174,7 @@ def test_the_order_of_the_students_does_not_matter() -> None:
     reverse = [replace(item, students=item.students[::-1]) for item in make_comparisons()]
     found, metrics = total(make_batch(56, reverse), teacher, student)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    without = {name: value for name, value in metrics.items() if not name.endswith("without_spread")}
-    assert without == pytest.approx({name: expected_metrics[name] for name in without})
+    assert metrics == pytest.approx(expected_metrics)
 
 
 def test_the_order_of_the_prompts_does_not_matter() -> None:

@@ -42,10 +42,22 @@ def write_model(
     return folder
 
 
+def write_discriminator(folder: Path, *, text: dict[str, Any] | None = None, **trained: Any) -> Path:
+    """What a warm-up leaves, as far as settings go; without `trained`, as it was before that was written down."""
+    config = write_model(
+        folder / "discriminator" / "hf", moe=True, text={"num_experts": 4, "num_experts_per_tok": 2, **(text or {})}
+    )
+    if trained:
+        file = config / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "prism_nemo_discriminator": trained}), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a dense model and a data file."""
+    """A folder with a dense model, a discriminator and a data file."""
     write_model(tmp_path / "model")
+    write_discriminator(tmp_path / "warmup")
     (tmp_path / "data.jsonl").write_text("{}\n", encoding="utf-8")
     return tmp_path
 
@@ -56,7 +68,7 @@ def load(stage: str, place: Path, *overrides: str) -> StageConfig:
         "sft": [f"model.path={model}", f"data.train={data}", "trainer.max_steps=10"],
         "pairs": [f"model.path={model}", f"data.train={data}"],
         "warmup": [f"discriminator.path={model}", f"data.train={data}"],
-        "align": [f"model.path={model}", f"discriminator.path={model}", f"data.train={data}"],
+        "align": [f"model.path={model}", f"discriminator.path={place / 'warmup'}", f"data.train={data}"],
         "rlvr": [f"model.path={model}", f"data.train={data}"],
         "eval": [f"model.path={model}", f"data.validation={data}"],
     }[stage]
@@ -107,10 +119,11 @@ def test_the_remedy_names_a_size_that_works(place: Path) -> None:
 
 
 def test_the_discriminator_is_checked_too(place: Path) -> None:
-    small = write_model(place / "small", text={"num_attention_heads": 3, "num_key_value_heads": 3})
-    overrides = [f"discriminator.path={small}", "parallel.tensor_model_parallel_size=2"]
-    assert error_of("align", place, *overrides).what.startswith("3 attention heads")
-    assert error_of("warmup", place, *overrides).what.startswith("3 attention heads")
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    small = {"warmup": write_model(place / "small", text=heads), "align": write_discriminator(place / "other", text=heads)}
+    for stage, path in small.items():
+        error = error_of(stage, place, f"discriminator.path={path}", "parallel.tensor_model_parallel_size=2")
+        assert error.what.startswith("3 attention heads")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +189,53 @@ def test_layouts_that_the_stages_do_not_run_yet(place: Path, key: str) -> None:
     write_model(place / "model", moe=True)
     error = error_of("rlvr", place, f"parallel.{key}=2", world_size=2)
     assert (error.what, error.where) == (f"{key} of 2 is not supported in this release", f"parallel.{key}")
+
+
+# The discriminator that an alignment is given
+
+
+def test_a_discriminator_that_was_never_warmed_up(place: Path) -> None:
+    """A HuggingFace directory, and a policy's checkpoint: either would get a random head."""
+    policy = place / "sft" / "checkpoints" / "step_00000010" / "policy"
+    write_model(policy / "hf")
+    (policy.parent.parent / "latest").write_text("step_00000010", encoding="utf-8")
+    for path in (place / "model", place / "sft", policy):
+        error = error_of("align", place, f"discriminator.path={path}")
+        assert error.what.startswith("this is no discriminator that was warmed up")
+        assert error.where == f"discriminator.path: {path}"
+        validate(load("warmup", place, f"discriminator.path={path}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "stored", "here"),
+    [
+        ("routing=dedicated", "routing=learned", "dedicated"),
+        ("view=whole", "view=segments", "whole"),
+        ("use_images=false", "use_images=true", "false"),
+        ("num_experts=8", "num_experts=4", "8"),
+        ("moe_router_topk=3", "moe_router_topk=2", "3"),
+    ],
+)
+def test_a_discriminator_used_in_another_way_than_it_was_warmed_up(place: Path, override: str, stored: str, here: str) -> None:
+    write_discriminator(place / "warmup", routing="learned", view="segments", use_images=True)
+    validate(load("align", place))
+    error = error_of("align", place, f"discriminator.{override}")
+    assert error.what == f"the discriminator was warmed up with {stored} (here {here})"
+    assert error.where == f"discriminator.{stored.partition('=')[0]}"
+    assert error.remedy == f"set discriminator.{stored}, or warm up anew"
+
+
+def test_all_that_differs_from_the_warm_up_is_named(place: Path) -> None:
+    write_discriminator(place / "warmup", routing="learned", view="whole", use_images=False)
+    error = error_of("align", place)
+    assert error.remedy == "set discriminator.view=whole discriminator.use_images=false, or warm up anew"
+    validate(load("align", place, "discriminator.view=whole", "discriminator.use_images=false"))
+
+
+def test_a_dense_discriminator_has_no_router_to_compare(place: Path) -> None:
+    write_model(place / "dense" / "discriminator" / "hf")
+    validate(load("align", place, f"discriminator.path={place / 'dense'}", "discriminator.num_experts=1"))
+    assert "num_experts=1 (here 4)" in error_of("align", place, f"discriminator.path={place / 'dense'}").what
 
 
 def test_a_batch_that_does_not_divide_over_the_data_parallel_ranks(place: Path) -> None:
@@ -320,6 +380,8 @@ def test_validation_without_records(place: Path) -> None:
             "dedicated routing tells perception from reasoning",
             "discriminator.routing, discriminator.view",
         ),
+        ("align", ["algorithm.policy_loss.kl_coefficient=0.1"], "the divergence from", "algorithm.policy_loss.kl_coefficient"),
+        ("rlvr", ["algorithm.policy_loss.kl_coefficient=1e-3"], "the divergence from", "algorithm.policy_loss.kl_coefficient"),
         ("align", ["discriminator.path=null"], "there is no discriminator", "discriminator.path"),
         ("align", ["rollout.num_rollouts_per_prompt=1"], "advantages compare the responses", "rollout.num_rollouts_per_prompt"),
         ("rlvr", ["rollout.num_rollouts_per_prompt=1"], "advantages compare the responses", "rollout.num_rollouts_per_prompt"),
@@ -351,7 +413,6 @@ def test_settings_that_contradict_each_other(place: Path, stage: str, overrides:
     [
         ("warmup", ["discriminator.num_experts=1"]),  # the dense ablation is one value away
         ("warmup", ["discriminator.routing=dedicated"]),
-        ("align", ["discriminator.view=whole"]),
         ("eval", ["rollout.temperature=0"]),
         ("sft", ["optimizer.lr_warmup_iters=5", "optimizer.lr_warmup_fraction=0"]),
         ("sft", ["parallel=tp4"]),
@@ -429,6 +490,9 @@ def sft(name: str, *overrides: str) -> dict[str, Any]:
     [
         ([], "the pipeline has no stages", "stages"),
         ([sft("a/b")], "`a/b` cannot name a folder", "stages"),
+        ([sft("data")], "the pipeline itself writes a folder of this name", "pipeline stage data"),
+        ([sft("model")], "the pipeline itself writes a folder of this name", "pipeline stage model"),
+        ([sft("hf")], "the pipeline itself writes a folder of this name", "pipeline stage hf"),
         ([sft("a"), sft("a")], "two stages have this name", "pipeline stage a"),
         ([sft("a", "trainer.max_step=1")], "unknown key trainer.max_step", "pipeline stage a: command line"),
         ([{"name": "a", "stage": "sft"}], "sft needs a value for", "pipeline stage a: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 
 import pytest
@@ -104,31 +105,62 @@ def test_bad_records_are_left_out_and_listed_once() -> None:
     assert source.consumed_samples == 10
 
 
-def test_too_many_bad_records_stop_the_run() -> None:
-    """2 of the first 100 may be bad; the third stops the run, in whatever batch it comes."""
-    source = stream(1000, 12, shuffle=False, bad=range(10, 13), share=0.02)
-    assert len(drawn(source, 1)[0]) == 10  # 2 of 12 is above the share, but 12 are too few to tell
-    with pytest.raises(DataError, match=r"(?s)3 of 24 records.*r10 \[a.png\]: no picture.*r12") as error:
-        source.next_batch()
+def counted(source: RecordStream[int], ranks: int = 1) -> list[int]:
+    """The next global batch, drawn by so many ranks with a stream each that share one tally, as the stages' loop does it."""
+    batch: list[int] = []
+    tried = failed = 0
+    for rank in range(ranks):
+        own = copy.copy(source)
+        own.bad = []
+        batch += [value - 100 for _, value in own.next_batch(rank, ranks)]
+        tried, failed = tried + own.tried, failed + own.failed
+        source.bad += own.bad
+    source.consumed_samples += source.batch_size
+    source.tally.add(tried, failed, source.bad)
+    return batch
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_too_many_bad_records_stop_the_run(ranks: int) -> None:
+    """20 of the first 1,000 may be bad; the next one stops the run, whichever rank it comes to."""
+    source = stream(1000, 12, shuffle=False, bad=range(8, 29), share=0.02)
+    assert len(counted(source, ranks)) == 8  # 4 of 12 are above the share, but 12 are too few to tell
+    assert len(counted(source, ranks)) == 0
+    with pytest.raises(DataError, match=r"(?s)21 of 36 records.*r8 \[a.png\]: no picture.*and 16 more") as error:
+        counted(source, ranks)
     assert "data.max_bad_sample_share" in str(error.value)
 
 
-def test_a_batch_without_a_good_record_stops_the_run_at_once() -> None:
-    """A limit that no record meets: no step is done on nothing."""
+def test_a_file_without_a_good_record_stops_the_run_whatever_is_allowed() -> None:
+    source = stream(4, 2, shuffle=False, bad=range(4), share=1.0)
+    assert counted(source) == []
     with pytest.raises(DataError, match="4 of 4 records"):
-        stream(1000, 4, shuffle=False, bad=range(1000), share=0.01).next_batch()
+        counted(source)
 
 
 def test_a_share_of_bad_records_at_the_limit_is_allowed() -> None:
-    source = stream(1000, 50, shuffle=False, bad=range(10, 12), share=0.02)
-    assert sum(map(len, drawn(source, 4))) == 198
+    source = stream(1000, 50, shuffle=False, bad=range(10, 30), share=0.02)
+    assert sum(len(counted(source)) for _ in range(4)) == 180
 
 
 def test_a_small_file_is_judged_by_all_of_its_records() -> None:
     source = stream(4, 2, shuffle=False, bad={0}, share=0.25)
-    assert drawn(source, 2) == [[1], [2, 3]]
+    assert [counted(source) for _ in range(2)] == [[1], [2, 3]]
     with pytest.raises(DataError, match="1 of 2 records"):
-        stream(4, 2, shuffle=False, bad={0}, share=0.24).next_batch()
+        counted(stream(4, 2, shuffle=False, bad={0}, share=0.24))
+
+
+def test_what_was_counted_is_saved() -> None:
+    """A run that is stopped after every step does not start to count anew."""
+    source = stream(1000, 12, shuffle=False, bad=range(8, 29), share=0.02)
+    for _ in range(2):
+        counted(source)
+        resumed = stream(1000, 12, shuffle=False, bad=range(8, 29), share=0.02)
+        resumed.load_state_dict(source.state_dict())
+        source = resumed
+    assert (source.tally.tried, source.tally.failed) == (24, 16)
+    with pytest.raises(DataError, match="21 of 36 records"):
+        counted(source)
 
 
 def test_other_errors_are_not_swallowed() -> None:

@@ -11,6 +11,7 @@ from prism_nemo.algorithms.discriminator_loss import (
     bradley_terry_loss,
     content_probe,
     discriminator_health,
+    groups_without_spread,
     histogram_shares,
     score_histogram,
     score_regularization,
@@ -89,8 +90,7 @@ def test_bfloat16_scores_are_computed_in_float32() -> None:
 def test_health_by_hand() -> None:
     teacher = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 5.0])
     student = torch.tensor([0.0, 1.0, 3.0, 0.5, 0.5, 4.0])  # won, tied, lost | lost, lost | won
-    ids = torch.tensor([8, 8, 8, -2, -2, 0])
-    metrics = finalize(discriminator_health(teacher, student, ids, kind="perception"))
+    metrics = finalize(discriminator_health(teacher, student, kind="perception"))
     assert metrics == pytest.approx(
         {
             "perception/accuracy": 2 / 5,  # the tie is left out
@@ -98,37 +98,38 @@ def test_health_by_hand() -> None:
             "perception/margin": (1 + 0 - 2 - 0.5 - 0.5 + 1) / 6,
             "perception/teacher_score": 8 / 6,
             "perception/student_score": 9 / 6,
-            "perception/groups_without_spread": 1 / 2,  # of two groups with more than one student
         }
     )
+    spread = finalize(groups_without_spread(student, torch.tensor([8, 8, 8, -2, -2, 0]), kind="perception"))
+    assert spread == {"perception/groups_without_spread": 1 / 2}  # of two groups with more than one student
 
 
 def test_a_student_that_writes_the_teachers_text_is_no_failure_of_the_discriminator() -> None:
-    scores, ids = torch.tensor([0.3, 0.3, 0.7]), torch.tensor([0, 0, 1])
-    metrics = finalize(discriminator_health(scores, scores + 1e-7, ids, kind="reasoning"))  # rounding is a tie as well
+    scores = torch.tensor([0.3, 0.3, 0.7])
+    metrics = finalize(discriminator_health(scores, scores + 1e-7, kind="reasoning"))  # rounding is a tie as well
     assert "reasoning/accuracy" not in metrics
     assert metrics["reasoning/ties"] == 1.0
-    assert metrics["reasoning/groups_without_spread"] == 1.0
 
 
 def test_with_nothing_to_measure_metrics_are_absent() -> None:
     nothing, ids = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    health = discriminator_health(nothing, nothing, ids, kind="perception")
+    health = discriminator_health(nothing, nothing, kind="perception")
     assert finalize(health) == {}
     assert finalize(content_probe(nothing, nothing, kind="perception")) == {}
-    full = discriminator_health(torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64), kind="perception")
+    full = discriminator_health(torch.ones(1), torch.zeros(1), kind="perception")
     assert health.keys() == full.keys()  # ranks agree on the names
-    assert "perception/groups_without_spread" not in finalize(full)  # one student alone has nothing to differ from
+    alone = groups_without_spread(torch.ones(1), torch.zeros(1, dtype=torch.int64), kind="perception")
+    assert groups_without_spread(nothing, ids, kind="perception").keys() == alone.keys()
+    assert finalize(alone) == {}  # one student alone has nothing to differ from
 
 
 def test_health_adds_up_over_micro_batches() -> None:
     generator = torch.Generator().manual_seed(2)
     teacher, student = torch.randint(0, 3, (2, 12), generator=generator).float()
-    ids = torch.arange(12) // 3
-    whole = finalize(discriminator_health(teacher, student, ids, kind="x"))
+    whole = finalize(discriminator_health(teacher, student, kind="x"))
     parts: MetricSums = {}
     for part in (slice(0, 3), slice(3, 9), slice(9, 12)):
-        parts = merge(parts, discriminator_health(teacher[part], student[part], ids[part], kind="x"))
+        parts = merge(parts, discriminator_health(teacher[part], student[part], kind="x"))
     assert 0 < whole["x/accuracy"] < 1
     assert finalize(parts) == pytest.approx(whole)
 
@@ -156,7 +157,9 @@ def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="pairs"):
         bradley_terry_loss(torch.zeros(3), torch.zeros(1), global_pairs=3)  # would broadcast
     with pytest.raises(ValueError, match="pairs"):
-        discriminator_health(torch.zeros(3), torch.zeros(3), torch.zeros(2), kind="x")
+        discriminator_health(torch.zeros(3), torch.zeros(2), kind="x")
+    with pytest.raises(ValueError, match="pairs"):
+        groups_without_spread(torch.zeros(3), torch.zeros(2), kind="x")
 
 
 def test_metric_sums() -> None:

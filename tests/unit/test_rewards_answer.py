@@ -7,7 +7,7 @@ import time
 import pytest
 
 from prism_nemo.errors import ConfigError, DataError
-from prism_nemo.rewards.answer import MAX_ANSWER_CHARACTERS, answers_match
+from prism_nemo.rewards.answer import MAX_ANSWER_CHARACTERS, answers_match, check_truth
 from prism_nemo.rewards.registry import REWARDS, Reward, reward_function, score
 
 SAME = [
@@ -186,10 +186,11 @@ def test_empty_and_overlong_answers_match_nothing(given: str) -> None:
     assert not answers_match(given, "x" * MAX_ANSWER_CHARACTERS)
 
 
-@pytest.mark.parametrize(("truth", "what"), [("", "empty"), ("  ", "empty"), ("$$", "empty"), ("x" * 1001, "too long")])
+@pytest.mark.parametrize(("truth", "what"), [("", "empty"), (" .", "empty"), ("$$", "empty"), ("x" * 1001, "too long")])
 def test_a_truth_that_cannot_be_compared_is_an_error(truth: str, what: str) -> None:
-    with pytest.raises(DataError, match=what):
-        answers_match("5", truth)
+    for compare in (check_truth, lambda text: answers_match("5", text)):
+        with pytest.raises(DataError, match=what):
+            compare(truth)
 
 
 HOSTILE = [
