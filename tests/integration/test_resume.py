@@ -129,6 +129,68 @@ def test_stopped_twice_by_signals(stage: str, runs: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_stopped_where_a_validation_is_due(stage: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind step 2 and behind the last step: saved at once, and validated when the run goes on."""
+    expected = written(unbroken(stage, runs))[0]
+    run = tmp_path / stage
+    for stop, already in {2: 0, STEPS: 2}.items():
+        with monkeypatch.context() as patch:
+            signal_in_step(patch, stop - already, signal.SIGTERM)
+            with pytest.raises(SystemExit) as caught:
+                run_stage(stage, run, *overrides(stage))
+        assert caught.value.code == EXIT_INTERRUPTED
+        assert status(run)["state"] == "interrupted"
+        assert latest_step(run) == stop
+        without = [row for row in expected if row["step"] < stop or (row["step"] == stop and row["prefix"] == "train")]
+        assert written(run)[0] == without
+    run_stage(stage, run, *overrides(stage))
+    assert status(run)["state"] == "finished"
+    assert_same_run(stage, run, runs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_validation_that_fails_takes_no_step_away(
+    stage: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one, when nothing has been saved before."""
+    run = tmp_path / stage
+    rest = overrides(stage, "trainer.val_check_interval=0")
+
+    def fail(self: StageLoop, *arguments: Any) -> None:
+        raise OSError("the disk with the images is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLoop, "validate", fail)
+        with pytest.raises(OSError, match="images"):
+            run_stage(stage, run, *rest)
+    assert status(run)["state"] == "failed"
+    assert latest_step(run) == STEPS
+    run_stage(stage, run, *rest)
+    expected = [row for row in written(unbroken(stage, runs))[0] if row["prefix"] == "train" or row["step"] == STEPS]
+    assert written(run)[0] == expected
+
+
+def test_a_signal_during_a_validation(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further step is done; what is not saved yet is."""
+    run = tmp_path / "sft"
+    validate = StageLoop.validate
+
+    def validate_and_signal(self: StageLoop, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        validate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLoop, "validate", validate_and_signal)
+        with pytest.raises(SystemExit) as caught:
+            run_stage("sft", run, *overrides("sft"))
+    assert caught.value.code == EXIT_INTERRUPTED
+    assert latest_step(run) == 2
+    assert written(run)[0] == [row for row in written(unbroken("sft", runs))[0] if row["step"] <= 2]
+    run_stage("sft", run, *overrides("sft"))
+    assert_same_run("sft", run, runs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_behind_its_last_checkpoint(stage: str, runs: Path, tmp_path: Path) -> None:
     """What `kill -9` in step 5 leaves: lines up to a torn one, and the checkpoint of step 2. Steps 3 and 4 are done again."""
     run = tmp_path / stage
