@@ -1,0 +1,177 @@
+"""The planner's rows against the packer's, and its arithmetic on small numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prism_nemo.config.schema import ParallelConfig
+from prism_nemo.errors import LayoutError
+from prism_nemo.packing.groups import Group, Segment, text_prompt
+from prism_nemo.packing.rows import pack_rows
+from prism_nemo.plan.activations import Cost, Recompute, Row, saved_bytes
+from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, read_gpu
+from prism_nemo.plan.memory import Decoding, Overhead, Settings, decoding, model_state, stage_memory, training_pass
+from prism_nemo.plan.shapes import Shape, read_shape
+from prism_nemo.plan.timing import Cluster, step_time
+from prism_nemo.plan.workload import Workload, discriminator_passes, policy_passes, prompts_per_rank
+
+WORK = Workload("sft", 100, 50, 40, rollouts=1, global_batch=8, row_tokens=500, max_batch_size=64)
+NO_OVERHEAD = Overhead(0.0, 0.0)
+
+
+@pytest.mark.parametrize(("rollouts", "row_tokens"), [(1, 160), (1, 500), (6, 400), (6, 500), (6, 1000), (16, 350)])
+def test_as_many_rows_and_tokens_as_the_packer_makes(rollouts: int, row_tokens: int) -> None:
+    work = replace(WORK, rollouts=rollouts, row_tokens=row_tokens)
+    prompt = text_prompt(torch.zeros(100, dtype=torch.int64), 8)
+    groups = [Group(prompt, tuple(Segment(torch.zeros(50, dtype=torch.int64), i) for i in range(rollouts))) for _ in range(3)]
+    rows = pack_rows(groups, max_tokens=row_tokens)
+    passes = policy_passes(work, 3)
+    assert passes.row.tokens <= row_tokens
+    assert max(row.num_tokens for row in rows) <= passes.row.tokens
+    # a last piece with fewer responses is planned as a full one, and packed with others where there is room
+    assert len(rows) <= passes.num_rows <= len(rows) + 1
+    assert passes.tokens == pytest.approx(sum(row.num_tokens for row in rows), rel=0.35)
+    if rollouts % passes.segments == 0:
+        assert (passes.num_rows, passes.tokens) == (len(rows), sum(row.num_tokens for row in rows))
+
+
+def test_the_discriminators_teacher_stands_in_every_piece() -> None:
+    """Rows of 300 hold 100 + 50 of the teacher and 3 students: 6 rollouts make 2 pieces a prompt."""
+    passes = discriminator_passes(replace(WORK, stage="align", rollouts=6, row_tokens=300), 2)
+    assert (passes.num_groups, passes.segments, passes.tokens) == (4, 4, 4 * 300)
+    assert (passes.num_rows, passes.row.tokens, passes.row.visual_tokens, passes.labels) == (4, 300, 40, 4 * 4 * 50)
+
+
+def test_a_batch_that_does_not_divide_is_refused_as_a_stage_refuses_it() -> None:
+    assert prompts_per_rank(WORK, ParallelConfig(tensor_model_parallel_size=2), 8) == 2
+    with pytest.raises(LayoutError, match="a global batch of 8 does not divide over 3 data-parallel ranks"):
+        prompts_per_rank(WORK, ParallelConfig(), 3)
+
+
+# Memory
+
+
+def shape() -> Shape:
+    return read_shape("2B")
+
+
+def test_state_of_a_model_in_bf16_and_fp32() -> None:
+    parameters = 2_127_532_032
+    alone = model_state(shape(), ParallelConfig(), 4, Settings())
+    assert (alone.weights, alone.gradients, alone.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    spread = model_state(shape(), ParallelConfig(use_distributed_optimizer=True), 4, Settings())
+    assert (spread.weights, spread.gradients, spread.optimizer) == (2 * parameters, 4 * parameters, 3 * parameters)
+    fp32 = model_state(shape(), ParallelConfig(), 1, Settings(Cost(value_bytes=4)))
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    frozen = model_state(shape(), ParallelConfig(), 1, Settings(Cost(vision_is_trained=False)))
+    assert frozen.gradients == 4 * (parameters - 406_957_056)
+    assert model_state(shape(), ParallelConfig(), 1, Settings(cpu_offload=True)).optimizer == 0
+
+
+def test_experts_are_spread_over_their_own_replicas() -> None:
+    """EP 4 of 8 ranks leaves 2 copies of every expert; the rest has 8 copies."""
+    moe = read_shape("30B-A3B")
+    layout = ParallelConfig(expert_model_parallel_size=4, use_distributed_optimizer=True)
+    dense, experts = 31_070_754_032 - 28_991_029_248, 28_991_029_248
+    assert model_state(moe, layout, 8, Settings()).optimizer == 12 * (dense / 8 + experts / 4 / 2)
+
+
+def test_recompute_keeps_layer_inputs_and_one_layer() -> None:
+    row = Row(tokens=4096, visual_tokens=0, labels=0)
+    saved = saved_bytes(shape(), row, ParallelConfig(), Cost())
+    assert saved.layer_input == 2 * 4096 * 2048
+    full = training_pass(shape(), row, 1, ParallelConfig(), Settings(Cost(recompute=Recompute.full)))
+    none = training_pass(shape(), row, 1, ParallelConfig(), Settings())
+    assert none.activations - full.activations == pytest.approx(27 * saved.per_layer - 28 * saved.layer_input)
+    selective = training_pass(shape(), row, 1, ParallelConfig(), Settings(Cost(recompute=Recompute.selective)))
+    assert full.activations < selective.activations < none.activations
+
+
+def test_a_pipelines_first_stage_keeps_most_rows() -> None:
+    row, layout = Row(4096, 0, 4096), ParallelConfig(pipeline_model_parallel_size=4)
+    per_layer = saved_bytes(shape(), row, layout, Cost()).per_layer
+
+    def kept(stage: int, rows: int, layout: ParallelConfig = layout) -> float:
+        return training_pass(shape(), row, rows, layout, Settings(), stage).activations
+
+    assert kept(0, 8) - kept(1, 8) == pytest.approx(7 * per_layer, rel=0.05)
+    assert kept(0, 8) - kept(0, 2) == pytest.approx(2 * 7 * per_layer, rel=0.05)
+    assert kept(0, 8) == kept(0, 4)
+
+
+def test_key_value_cache_of_sequences_decoded_together() -> None:
+    """8 key heads of 128 in 28 layers, keys and values in bf16: 112 KiB a token. Buffers double from 32: 64 for 50."""
+    work = replace(WORK, stage="rlvr", rollouts=4)
+    found = decoding(shape(), work, 8, ParallelConfig(), Cost())
+    assert found.kv_cache == 112 * 1024 * (2 * 100 + 8 * 64)
+    halved = decoding(shape(), work, 8, ParallelConfig(tensor_model_parallel_size=2), Cost())
+    assert halved.kv_cache == found.kv_cache / 2
+
+
+def test_as_many_sequences_are_decoded_together_as_fit() -> None:
+    work = Workload("rlvr", 2048, 8192, 1024, rollouts=16, global_batch=32, row_tokens=10240, max_batch_size=256)
+
+    def planned(capacity: float | None) -> Decoding:
+        layout = ParallelConfig(use_distributed_optimizer=True)
+        memory = stage_memory(shape(), None, work, layout, 8, Settings(), NO_OVERHEAD, capacity=capacity)
+        assert memory.decoding is not None
+        return memory.decoding
+
+    assert planned(None).sequences == 64  # 4 prompts of 16 on every rank
+    assert planned(140 * GIB).sequences == 64
+    tight = planned(60 * GIB)
+    assert 1 <= tight.sequences < 64
+    assert tight.total <= 60 * GIB < planned(None).total + 60 * GIB
+
+
+def test_the_fullest_rank_counts() -> None:
+    """Stage 0 has the tower and most rows, the last one the logits."""
+    work = Workload("sft", 2048, 2048, 1024, rollouts=1, global_batch=64, row_tokens=4096, max_batch_size=1)
+    layout = ParallelConfig(pipeline_model_parallel_size=4)
+    memory = stage_memory(read_shape("8B"), None, work, layout, 4, Settings(), NO_OVERHEAD)
+    assert memory.stage == 0 and memory.policy_pass.vision > 0 and memory.policy_pass.logits == 0
+
+
+# Time
+
+
+def seconds(size: str, work: Workload, layout: ParallelConfig, settings: Settings, nodes: int = 1) -> dict[str, float]:
+    cluster = Cluster(read_gpu("h100"), nodes, 8)
+    memory = stage_memory(read_shape(size), None, work, layout, cluster.world_size, settings, NO_OVERHEAD)
+    return step_time(read_shape(size), None, work, layout, cluster, settings, memory).phases
+
+
+def test_a_dense_step_takes_six_operations_a_parameter_and_token_at_least() -> None:
+    """The share of the peak that is left is below the one that is assumed of matrix products, and not by far."""
+    work = Workload("sft", 128, 3968, 0, rollouts=1, global_batch=256, row_tokens=4096, max_batch_size=1)
+    layout = ParallelConfig(use_distributed_optimizer=True)
+    ideal = 6 * 8.2e9 * 256 * 4096 / 8 / 989e12
+    found = seconds("8B", work, layout, Settings())["policy"]
+    assert ASSUMPTIONS.matmul_share / 3 < ideal / found < ASSUMPTIONS.matmul_share
+
+
+def test_full_recompute_costs_a_forward_pass() -> None:
+    work = Workload("sft", 128, 3968, 0, rollouts=1, global_batch=256, row_tokens=4096, max_batch_size=1)
+    layout = ParallelConfig(use_distributed_optimizer=True)
+    none = seconds("8B", work, layout, Settings())["policy"]
+    full = seconds("8B", work, layout, Settings(Cost(recompute=Recompute.full)))["policy"]
+    assert 1.2 < full / none < 1.34
+
+
+def test_decoding_reads_all_weights_for_every_token_of_a_response() -> None:
+    """One sequence a rank, a long response: at least weights / bandwidth a token, or the time to launch its kernels."""
+    work = Workload("rlvr", 128, 4096, 0, rollouts=1, global_batch=8, row_tokens=8192, max_batch_size=1)
+    found = seconds("8B", work, ParallelConfig(use_distributed_optimizer=True), Settings())["rollout"]
+    per_token = 2 * 8.2e9 / (3.35e12 * ASSUMPTIONS.memory_share)
+    assert 4096 * per_token < found < 3 * 4096 * per_token
+
+
+def test_gradients_travel_over_the_network_between_machines() -> None:
+    work = Workload("sft", 128, 896, 0, rollouts=1, global_batch=16, row_tokens=1024, max_batch_size=1)
+    layout = ParallelConfig(use_distributed_optimizer=True)
+    one, two = (seconds("8B", replace(work, global_batch=8 * n), layout, Settings(), n)["policy"] for n in (1, 2))
+    network = 6 * 8.77e9 * 15 / 16 / (50e9 * ASSUMPTIONS.network_share)
+    assert one < network < two
