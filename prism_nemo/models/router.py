@@ -3,8 +3,8 @@
 The balancing loss of one layer is the usual `experts * sum_i f_i P_i` (f_i: share of tokens that chose expert i, P_i: mean router
 probability; Switch Transformer eq. 4, summed over the k choices as transformers does), taken over one **group** of the row and
 averaged over groups by their token counts, then over layers. A group is a fixed set of tokens, so the loss does not depend on how
-groups are cut into micro-batches or spread over ranks; over micro-batches it would. One thing does show: a discriminator's comparison
-that exceeds the row budget becomes several groups, in each of which the prompt's and the teacher's tokens count once more.
+groups are cut into micro-batches or spread over ranks; over micro-batches it would. One thing does show: a discriminator's
+comparison that exceeds the row budget becomes several groups, in each of which the prompt's and the teacher's tokens count anew.
 """
 
 from __future__ import annotations
