@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.convert import manifest
 from prism_nemo.convert.checkpoint_keys import find_wrapper
 from prism_nemo.convert.hf import copy_assets, hf_assets_directory, load_model_config
 from prism_nemo.convert.hf_reader import HFReader, has_score_head
-from prism_nemo.convert.plans import CHECKPOINT_SHARD_BYTES, HF_SHARD_BYTES, plan_checkpoint, plan_hf
+from prism_nemo.convert.plans import plan_checkpoint, plan_hf
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, hf_shapes
-from prism_nemo.convert.ranks import Ranks
+from prism_nemo.convert.ranks import ALONE, Ranks
 from prism_nemo.convert.shards import Staging, TargetFile
 from prism_nemo.convert.sources import CheckpointSource, HFSource, Source
 from prism_nemo.convert.torch_dist import METADATA, TorchDistCheckpoint
+from prism_nemo.convert.upcycling import UpcycledSource, upcycled_config
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import resolve_model_directory
 
@@ -29,9 +33,7 @@ POLICY, DISCRIMINATOR = "policy", "discriminator"  # the folders that models hav
 _PLAN_VERSION = 1
 
 
-def import_hf(
-    hf: Path, out: Path, *, ranks: Ranks = Ranks(), max_shard_bytes: int = CHECKPOINT_SHARD_BYTES, quiet: bool = True
-) -> None:
+def import_hf(hf: Path, out: Path, *, ranks: Ranks = ALONE, max_shard_bytes: int | None = None, quiet: bool = True) -> None:
     """Writes a checkpoint of this project, in the weights' own precision, from a HuggingFace directory.
 
     A directory with a scalar head is a discriminator's; its checkpoint is `out`/discriminator, where stages look for it. Raises
@@ -48,7 +50,7 @@ def import_hf(
         write_checkpoint(source, config, hf, out, score_head=score_head, ranks=ranks, max_bytes=max_shard_bytes, quiet=quiet)
 
 
-def import_megatron(checkpoint: Path, model: Path, out: Path, *, ranks: Ranks = Ranks(), quiet: bool = True) -> None:
+def import_megatron(checkpoint: Path, model: Path, out: Path, *, ranks: Ranks = ALONE, quiet: bool = True) -> None:
     """Writes a checkpoint of this project from another `torch_dist` checkpoint of the same model, such as Megatron-Bridge's.
 
     `model` has its config.json, tokenizer and processor. Layers may be numbered or stacked, vocabularies padded.
@@ -65,13 +67,46 @@ def import_megatron(checkpoint: Path, model: Path, out: Path, *, ranks: Ranks = 
         write_checkpoint(source, config, model, out, score_head=score_head, ranks=ranks, quiet=quiet)
 
 
+def upcycle_hf(
+    dense: Path, out: Path, options: DiscriminatorConfig, *, seed: int, ranks: Ranks = ALONE, quiet: bool = True
+) -> None:
+    """Writes the checkpoint of the discriminator that a dense model becomes, as the warm-up stage would start from it.
+
+    `dense` is a HuggingFace directory or a policy's checkpoint (a run, a step, its folder).
+    """
+    with ExitStack() as stack:
+        with ranks.together():
+            source, assets, config = open_dense(dense, stack)
+            upcycled = upcycled_config(config, options)
+            target = UpcycledSource(source, upcycled, options, seed=seed)
+        drawn = {
+            "seed": seed,
+            "stds": [options.expert_noise_std, options.router_init_std, options.head_init_std],
+            "experts": [options.num_experts, options.moe_router_topk],
+        }
+        write_checkpoint(target, upcycled, assets, out, score_head=True, ranks=ranks, options=drawn, quiet=quiet)
+
+
+def open_dense(path: Path, stack: ExitStack) -> tuple[Source, Path, dict[str, Any]]:
+    """The parameters of a policy, the directory of its config.json, and that."""
+    directory = resolve_model_directory(path, POLICY)
+    config = load_model_config(directory)
+    if (directory / METADATA).is_file():
+        manifest.check(directory)
+        source: Source = CheckpointSource(TorchDistCheckpoint(directory), config)
+        stack.callback(source.io.close)
+    else:
+        source = HFSource(stack.enter_context(HFReader(directory)), config)
+    return source, hf_assets_directory(directory), config
+
+
 def export_hf(
     checkpoint: Path,
     out: Path,
     *,
     model: str | None = None,
-    ranks: Ranks = Ranks(),
-    max_shard_bytes: int = HF_SHARD_BYTES,
+    ranks: Ranks = ALONE,
+    max_shard_bytes: int | None = None,
     quiet: bool = True,
 ) -> None:
     """Writes a HuggingFace directory (Hub layout, tokenizer and processor included) from a model's checkpoint.
@@ -108,12 +143,13 @@ def write_checkpoint(
     score_head: bool,
     ranks: Ranks,
     options: dict[str, Any] | None = None,
-    max_bytes: int = CHECKPOINT_SHARD_BYTES,
+    max_bytes: int | None = None,
     quiet: bool = True,
 ) -> None:
     """A checkpoint from any source of parameters. `options` tell it from another conversion of the same files."""
     with ranks.together():
         plan = plan_checkpoint(source, config, score_head=score_head, max_shard_bytes=max_bytes)
+    Thread(target=import_module, args=("torch.distributed.checkpoint.metadata",), daemon=True).start()  # half a second, meanwhile
     inside = Path(DISCRIMINATOR) if score_head and out.name != DISCRIMINATOR else Path()
 
     def finish(content: Path) -> None:

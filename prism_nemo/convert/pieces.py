@@ -6,6 +6,7 @@ files (`Runs`). What has to be worked out, such as a transposed expert, is `Comp
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import zlib
@@ -235,7 +236,7 @@ def _runs_of(numbers: Tensor, bounds: Tensor) -> tuple[RowRun, ...]:
     starts = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(numbers)]
     return tuple(
         RowRun(int(source[first]), int(numbers[first] - bounds[source[first]]), last - first)
-        for first, last in zip(starts[:-1], starts[1:], strict=True)
+        for first, last in itertools.pairwise(starts)
     )
 
 

@@ -20,6 +20,7 @@ from prism_nemo.convert.qwen3_vl import (
     ParameterMapping,
     Shape,
     check_expert_layouts_differ,
+    hf_shapes,
     hub_config,
     mappings,
 )
@@ -28,10 +29,15 @@ from prism_nemo.convert.sources import Source, full_tensor
 from prism_nemo.convert.torch_dist import WrittenTensor, empty_object, write_index
 from prism_nemo.convert.torch_zip import TensorArchive
 
-CHECKPOINT_SHARD_BYTES = 2_000_000_000
-HF_SHARD_BYTES = 5_000_000_000
+_SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS = 1_000_000_000, 5_000_000_000, 16
 _PAGE = 4096
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def default_shard_bytes(config: Config, dtype: torch.dtype) -> int:
+    """A file's size: enough files for several processes to share, and no more than the Hub's usual 5 GB in each."""
+    total = dtype.itemsize * sum(prod(shape) for shape in hf_shapes(config).values())
+    return max(_SMALLEST_SHARD, min(_LARGEST_SHARD, total // _SHARDS))
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ class CheckpointPlan:
 
 
 def plan_checkpoint(
-    source: Source, config: Config, *, score_head: bool = False, max_shard_bytes: int = CHECKPOINT_SHARD_BYTES
+    source: Source, config: Config, *, score_head: bool = False, max_shard_bytes: int | None = None
 ) -> CheckpointPlan:
     """The checkpoint that `engine.checkpoint.save_model` writes for the model on one rank, cut into files by size."""
     config = hub_config(config)
     check_uniform(config)
+    max_shard_bytes = max_shard_bytes or default_shard_bytes(config, source.dtype)
     rows = mappings(config, score_head=score_head)
     empty = empty_object()
     files: list[TargetFile] = []
@@ -122,10 +129,11 @@ class HFPlan:
             write_json(directory / INDEX_FILE, index)
 
 
-def plan_hf(source: Source, config: Config, *, score_head: bool = False, max_shard_bytes: int = HF_SHARD_BYTES) -> HFPlan:
+def plan_hf(source: Source, config: Config, *, score_head: bool = False, max_shard_bytes: int | None = None) -> HFPlan:
     """Raises CheckpointError for experts that transformers 5 would misread."""
     config = hub_config(config)
     check_expert_layouts_differ(config)
+    max_shard_bytes = max_shard_bytes or default_shard_bytes(config, source.dtype)
     shards: list[list[_HFTensor]] = [[]]
     size = total = 0
     for tensor in _hf_tensors(source, mappings(config, score_head=score_head)):

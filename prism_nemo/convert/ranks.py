@@ -44,12 +44,15 @@ class Ranks:
                 raise CheckpointError(f"rank {rank} failed:\n{message}")
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def launched_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun (or srun with its variables) started; this process alone where nobody did."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield ALONE
         return
     import torch.distributed as dist
 

@@ -26,7 +26,8 @@ from prism_nemo.convert.torch_zip import TensorArchive
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import write_atomically
 
-THREADS = 2  # of each rank: one reads while the other writes
+THREADS = 2  # of each rank
+Map = Callable[..., Iterator[Any]]  # `map`, or an executor's
 
 
 @dataclass(frozen=True)
@@ -136,27 +137,36 @@ class Staging:
         return True
 
     def write(self, files: Sequence[TargetFile], source: Files) -> int:
-        """Writes this rank's share of the files; returns how many of all ranks' were there already. A collective."""
+        """Writes this rank's share of the files; returns how many of all ranks' were there already. A collective.
+
+        Each thread has a file of its own (writes to one file wait for each other); a file alone is shared out by its slots.
+        """
         kept = 0
-        with self._ranks.together(), ThreadPoolExecutor(THREADS) as pool:
+        with self._ranks.together(), ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(THREADS) as syncing:
+            mine = files[self._ranks.rank :: self._ranks.size]
+            over_slots: Map = pool.map if len(mine) == 1 else map
+            over_files: Map = map if len(mine) == 1 else pool.map
             finishing: list[Future[None]] = []
-            for file in files[self._ranks.rank :: self._ranks.size]:
-                if self._is_whole(file, pool):
-                    kept += 1
-                    continue
+
+            def write_file(file: TargetFile) -> bool:
+                if self._is_whole(file, over_slots):
+                    return True
                 (self._journal / file.name).unlink(missing_ok=True)
                 target = os.open(self.content / self._inside / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                crcs = self._fill(target, file, source, pool)
-                finishing.append(pool.submit(self._finish, target, file, crcs))
+                crcs = self._fill(target, file, source, over_slots)
+                finishing.append(syncing.submit(self._finish, target, file, crcs))
+                return False
+
+            kept = sum(over_files(write_file, mine))
             for future in finishing:
                 future.result()
         return sum(self._ranks.gather(kept))
 
-    def _fill(self, target: int, file: TargetFile, source: Files, pool: ThreadPoolExecutor) -> list[int]:
+    def _fill(self, target: int, file: TargetFile, source: Files, over_slots: Map) -> list[int]:
         write_all(target, file.header, 0)
         order = sorted(range(len(file.slots)), key=lambda number: -file.slots[number].nbytes)  # the largest first: even shares
         crcs = [0] * len(order)
-        for number, crc in zip(order, pool.map(lambda at: write_slot(target, file.slots[at], source), order), strict=True):
+        for number, crc in zip(order, over_slots(lambda at: write_slot(target, file.slots[at], source), order), strict=True):
             crcs[number] = crc
         return crcs
 
@@ -169,7 +179,7 @@ class Staging:
             os.close(target)
         write_atomically(self._journal / file.name, json.dumps(crcs))
 
-    def _is_whole(self, file: TargetFile, pool: ThreadPoolExecutor) -> bool:
+    def _is_whole(self, file: TargetFile, over_slots: Map) -> bool:
         """Whether an earlier run finished the file, and every byte of it still is what was written."""
         path = self.content / self._inside / file.name
         try:
@@ -182,7 +192,7 @@ class Staging:
         try:
             if files.read(path, 0, len(file.header)) != file.header:
                 return False
-            return all(pool.map(lambda slot, crc: _holds(path, slot, crc, files), file.slots, crcs))
+            return all(over_slots(lambda slot, crc: _holds(path, slot, crc, files), file.slots, crcs))
         finally:
             files.close()
 

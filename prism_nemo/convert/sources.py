@@ -104,7 +104,10 @@ class HFSource:
 
 
 class CheckpointSource:
-    """A `torch_dist` checkpoint: ours, or Megatron-Bridge's of the same model. Raises CheckpointError when something is missing."""
+    """A `torch_dist` checkpoint: ours, or Megatron-Bridge's of the same model.
+
+    Raises CheckpointError when a parameter is missing or has another shape.
+    """
 
     def __init__(self, checkpoint: TorchDistCheckpoint, config: Config, *, score_head: bool = False) -> None:
         self.checkpoint = checkpoint

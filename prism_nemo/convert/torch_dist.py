@@ -20,16 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from prism_nemo.convert.files import sync, write_json
 from prism_nemo.convert.pieces import Computed, Files, Piece, Run, Runs, memory_of
@@ -41,36 +31,66 @@ COMMON = "common.pt"
 CONFIG = "metadata.json"
 CONTENT = "content_metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
-_ALLOWED = {
+_PLAIN = {  # the types of an index; their attributes are all that is wanted of them
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
         "StorageMeta",
-        "TensorProperties",
         "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device"},
-    "collections": {"OrderedDict", "defaultdict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+}
+_ENUMS = {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+}
+_OTHERS: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda name: name,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+    ("pathlib", "Path"): lambda *parts: "/".join(parts),
 }
 
 
+class _Plain:
+    """Stands for any of an index's types."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state[1] if isinstance(state, tuple) else state)
+
+
+class _Properties:
+    """torch's TensorProperties."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's index: its own types, and no code of anybody else's."""
+    """Reads a checkpoint's index: stand-ins for its own types, and no code of anybody's."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        super().__init__(file)
+        self._types: dict[tuple[str, str], type[_Plain]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
+        if name in _PLAIN.get(module, ()):
+            return self._types.setdefault((module, name), type(name, (_Plain,), {}))
+        if (module, name) == ("torch.distributed.checkpoint.metadata", "TensorProperties"):
+            return _Properties
+        if (module, name) in _ENUMS:
+            return int
+        if (module, name) in _OTHERS:
+            return _OTHERS[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.startswith("megatron.core.dist_checkpointing.") and name in ("MCoreMetadata", "MCoreSavePlan"):
-            return {"MCoreMetadata": Metadata, "MCoreSavePlan": OrderedDict}[name]
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
 
 
@@ -219,13 +239,14 @@ class TorchDistCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         metadata = self._read_index()
-        self.objects = {key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
-        places: dict[str, list[tuple[MetadataIndex, Any]]] = defaultdict(list)
+        places: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         for index, info in (metadata.storage_data or {}).items():
             places[index.fqn].append((index, info))
         self.tensors: dict[str, StoredTensor] = {}
+        self.objects: set[str] = set()
         for key, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
+            if type(entry).__name__ != "TensorStorageMetadata":
+                self.objects.add(key)
                 continue
             sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
             dtype = entry.properties.dtype
@@ -241,7 +262,7 @@ class TorchDistCheckpoint:
         """The files that hold the tensors."""
         return sorted({chunk.path for tensor in self.tensors.values() for chunk in tensor.chunks})
 
-    def _read_index(self) -> Metadata:
+    def _read_index(self) -> Any:
         path = self.directory / METADATA
         try:
             with path.open("rb") as file:
@@ -250,7 +271,7 @@ class TorchDistCheckpoint:
             raise CheckpointError("there is no checkpoint", where=str(self.directory), remedy="a torch_dist folder") from error
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError) as error:
             raise CheckpointError(f"the checkpoint's index cannot be read ({error})", where=str(path)) from error
-        if not isinstance(metadata, Metadata):
+        if type(metadata).__name__ not in ("Metadata", "MCoreMetadata"):
             raise CheckpointError("the checkpoint's index is of another kind", where=str(path))
         return metadata
 
@@ -281,6 +302,18 @@ def write_index(
 
     `objects` are keys that hold nothing (Megatron's extra states); one place serves them all.
     """
+    # Half a second, for which reading has no need.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for tensor in tensors:
