@@ -1,4 +1,4 @@
-"""Whole stages on two ranks against one: tensor-parallel, data-parallel, with the optimizer spread, and changing the layout.
+"""Whole stages on two ranks against one: every way to cut a model, with the optimizer spread, and changing the layout.
 
 All runs on two ranks happen in one launch, which holds one outer session as the pipeline does. In fp32 the numbers agree up to
 rounding, the sampled texts exactly.
@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ STEPS = 3
 TP = ("parallel.tensor_model_parallel_size=2",)
 SP = (*TP, "parallel.sequence_parallel=true")
 DP: tuple[str, ...] = ()
+PP = ("parallel.pipeline_model_parallel_size=2",)
+CP = ("parallel.context_parallel_size=2",)
+EP = ("parallel.expert_model_parallel_size=2",)  # the discriminator's experts over two data-parallel ranks
 SPREAD = ("parallel.use_distributed_optimizer=true",)
 VALIDATED = ("trainer.val_check_interval=2", "trainer.limit_val_samples=7")  # a number that does not divide
 
@@ -44,14 +48,22 @@ class Case:
 
 
 SHORT = (f"trainer.max_steps={STEPS}",)
+DEDICATED = "discriminator.routing=dedicated"
 CASES = {
     "sft_spread": Case("sft", SHORT, SPREAD),
     "warmup_tp": Case("warmup", (*SHORT, *VALIDATED), TP),
     "warmup_dp": Case("warmup", (*SHORT, *VALIDATED), DP),
     "align_tp": Case("align", (*SHORT, *VALIDATED), TP),
-    "align_sp": Case("align", (*SHORT, "discriminator.routing=dedicated"), SP),
+    "align_sp": Case("align", (*SHORT, DEDICATED), SP),
     "align_dp": Case("align", (*SHORT, *VALIDATED), DP),
     "align_spread": Case("align", SHORT, SPREAD),
+    "sft_pp": Case("sft", SHORT, PP),
+    "sft_cp": Case("sft", SHORT, CP),
+    "warmup_ep": Case("warmup", (*SHORT, *VALIDATED), EP),
+    "align_pp": Case("align", (*SHORT, *VALIDATED), PP),
+    "align_cp": Case("align", (*SHORT, *VALIDATED), CP),
+    "align_ep": Case("align", (*SHORT, "discriminator.routing=dedicated"), EP),
+    "rlvr_pp": Case("rlvr", SHORT, PP),
     "rlvr_tp": Case("rlvr", SHORT, TP),
     "rlvr_dp": Case("rlvr", (*SHORT, "trainer.max_tokens_per_row=100"), DP),  # the ranks have different numbers of rows
 }
@@ -63,6 +75,9 @@ MOVES = {
     "sft_dp": Case("sft", (), DP),
     "sft_spread": Case("sft", SPREAD, DP),
     "align_tp": Case("align", (), TP),
+    "align_pp": Case("align", (), PP),
+    "align_ep": Case("align", SPREAD, EP),
+    "sft_cp": Case("sft", SPREAD, CP),
 }
 MOVED_STEPS = (2, 4, 6)
 
@@ -78,7 +93,7 @@ UPCYCLED = DiscriminatorConfig(precision=Precision.fp32, expert_noise_std=0.1, r
 def upcycled_weights(path: str, parallel: ParallelConfig) -> dict[str, Tensor]:
     runtime = initialize(parallel, RuntimeConfig(device=Device.cpu))
     model = DiscriminatorModel(replace(UPCYCLED, path=path), parallel, runtime, seed=4)
-    return {name: tensor.clone() for name, tensor in export_hf_tensors(model.module, model.hf_config, score_head=True)}
+    return {name: tensor.clone() for name, tensor in export_hf_tensors(model.chunks, model.hf_config, score_head=True)}
 
 
 def on_two_ranks(jobs: list[tuple[str, list[str]]], upcycle_from: str) -> dict[str, Tensor]:
@@ -96,15 +111,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("two_ranks")
 
 
+@cache
+def dedicated_discriminator(folder: Path) -> Path:
+    return run_stage("warmup", folder / "dedicated_warmup", DEDICATED)
+
+
+def given(case: Case, folder: Path) -> tuple[str, ...]:
+    """What the case is asked, with a discriminator that was warmed up alike."""
+    if DEDICATED in case.overrides:
+        return (*case.overrides, f"discriminator.path={dedicated_discriminator(folder)}")
+    return case.overrides
+
+
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> list[dict[str, Tensor]]:
     """Everything that runs on two ranks, after the first sessions of the runs that move."""
-    jobs = [(case, settings(case.stage, folder / name, *case.overrides, *case.layout)) for name, case in CASES.items()]
+    jobs = [(case, settings(case.stage, folder / name, *given(case, folder), *case.layout)) for name, case in CASES.items()]
     for name, case in MOVES.items():
         run = folder / "moved" / name
         run_stage(case.stage, run, *case.overrides, *steps(MOVED_STEPS[0]))
         jobs.append((case, settings(case.stage, run, *case.overrides, *case.layout, *steps(MOVED_STEPS[1]))))
-    jobs.sort(key=lambda job: "tensor" not in " ".join(job[0].layout))  # building the groups anew takes its time
+    jobs.sort(key=lambda job: next(iter(job[0].layout), ""), reverse=True)  # building the groups anew takes its time
     return run_ranks(on_two_ranks, 2, [(case.stage, values) for case, values in jobs], str(trained_policy()), timeout_seconds=400)
 
 
@@ -122,7 +149,7 @@ def test_a_stage_on_two_ranks_measures_what_one_rank_does(name: str, launched: l
     metrics, samples = written(folder / name)
     run = folder / "one_rank" / f"{case.stage} {' '.join(case.overrides)}".replace("/", "-")
     if not run.exists():
-        run_stage(case.stage, run, *case.overrides)
+        run_stage(case.stage, run, *given(case, folder))
     expected_metrics, expected_samples = written(run)
     trained = [row for row in metrics if row["prefix"] == "train"]
     assert len(trained) == STEPS

@@ -18,12 +18,13 @@ from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.algorithms.policy_loss import policy_loss
 from prism_nemo.data.open import open_file
 from prism_nemo.data.segments import response_segments
-from prism_nemo.errors import PrismError
+from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.models.base import TrainableModel, TrainingBatch
 from prism_nemo.models.policy import PolicyOutput
 from prism_nemo.packing.groups import Group, Segment, SegmentKind
 from prism_nemo.packing.rows import PackedRow, make_row
 from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.run_directory import read_json_lines
 from prism_nemo.stages.align import AlignTrainer
 from prism_nemo.stages.comparisons import ComparisonBatch
 from prism_nemo.stages.policy_batch import policy_batch
@@ -96,7 +97,7 @@ def step(folder: Path, request: pytest.FixtureRequest) -> Iterator[Step]:
         yield sample(trainer)
 
 
-SMALL_ROWS = "trainer.max_tokens_per_row=160"  # comparisons are cut over rows
+SMALL_ROWS = "trainer.max_tokens_per_row=100"  # comparisons are cut over rows
 
 
 @pytest.mark.parametrize("step", [(), (SMALL_ROWS,)], ids=["whole", "cut"], indirect=True)
@@ -343,6 +344,52 @@ def test_a_rollout_that_is_not_in_the_format_is_pushed_down(step: Step) -> None:
         assert bool((invalid < -1.4).all())
         if len(valid) and len(invalid):
             assert float(valid.min()) > float(invalid.max())
+
+
+@pytest.mark.parametrize("side", ["teacher_scores", "student_scores"])
+def test_a_score_that_is_not_finite_stops_both_steps(side: str, step: Step) -> None:
+    """Whichever side's it is: policy and discriminator go on from the same step."""
+    trainer = step.trainer
+    game, _ = trainer.play(step.rollouts, step.teachers)
+    getattr(game, side)[int(game.compared.nonzero()[0]) if side == "student_scores" else -1, 1] = float("inf")
+    models = (trainer.policy.module, trainer.discriminator.module)
+    before = [[parameter.detach().clone() for parameter in model.parameters()] for model in models]
+    assert trainer.update(0, step.rollouts, game) == {}
+    for model, values in zip(models, before, strict=True):
+        assert all(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), values, strict=True))
+    (bad,) = read_json_lines(trainer.loop.directory / "bad_samples.jsonl")
+    assert bad["samples"] == [record.id for record in step.rollouts.records]
+
+
+def test_an_alignment_asks_for_what_the_warm_up_left(tmp_path: Path) -> None:
+    """Before a model is loaded; and what alignment leaves says the same of itself."""
+    run_stage("warmup", tmp_path / "warmup", "discriminator.use_images=false", "trainer.max_steps=1")
+    path = f"discriminator.path={tmp_path / 'warmup'}"
+    with pytest.raises(ConfigError, match=r"use_images=false \(here true\)"):
+        run_stage("align", tmp_path / "align", path)
+    assert not (tmp_path / "align").exists()
+    short = ("discriminator.use_images=false", "trainer.max_steps=1")
+    run_stage("align", tmp_path / "align", path, *short)
+    run_stage("align", tmp_path / "again", f"discriminator.path={tmp_path / 'align'}", *short)
+    with pytest.raises(ConfigError, match=r"use_images=false \(here true\)"):
+        run_stage("align", tmp_path / "third", f"discriminator.path={tmp_path / 'again'}")
+    with pytest.raises(ConfigError, match="no discriminator that was warmed up"):
+        run_stage("align", tmp_path / "third", f"discriminator.path={trained_policy()}")
+
+
+def test_groups_without_spread_does_not_depend_on_the_row_budget(folder: Path) -> None:
+    """In three groups of four all rollouts say the same, in the last one one of them does not."""
+    measured = []
+    for name, overrides in {"whole": (), "cut": (SMALL_ROWS,)}.items():
+        with trainer_of("align", folder / f"spread_{name}", *overrides) as trainer:
+            step = sample(trainer)
+            texts = [step.rollouts.record_of(index).response for index in range(len(step.rollouts.texts))]
+            texts[-1] = step.rollouts.records[0].response
+            game, metrics = trainer.play(replace(step.rollouts, texts=texts), step.teachers)
+            measured.append({key: value for key, value in metrics.items() if key.endswith("groups_without_spread")})
+            assert (max(game.copies) > 1) == (name == "cut")
+    assert measured[0] == measured[1]
+    assert set(measured[0].values()) == {0.75}
 
 
 def test_the_probe_is_the_share_of_true_texts_that_win_alone(folder: Path) -> None:

@@ -102,7 +102,7 @@ def test_answers_that_cannot_be_compared_are_left_out(stage: str, file: str, dat
 
 def test_too_many_are_listed_before_the_run_stops(data: Path, tmp_path: Path) -> None:
     names = change(data / "prompts.jsonl", {number: {"answer": "."} for number in range(3)})
-    with pytest.raises(DataError, match="3 of 4 records cannot be used, more than the allowed share of 0.04"):
+    with pytest.raises(DataError, match=r"3 of 4 records cannot be used, more than the allowed share of 0\.04"):
         run_stage(
             "rlvr",
             tmp_path / "run",

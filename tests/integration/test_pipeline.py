@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ import yaml
 from helpers.stages import runtime_of_this_process, settings, tiny_task, trained_policy
 
 from prism_nemo.cli import main
+from prism_nemo.config.compose import load_config
+from prism_nemo.config.schema import PipelineConfig
+from prism_nemo.errors import ConfigError
+from prism_nemo.run_directory import RunLock
 from prism_nemo.stages.loop import StageLoop
+from prism_nemo.stages.pipeline import _prepare
 
 NOT_OURS = ("experiment.dir", "model.path", "discriminator.path", "data.train", "data.image_root")
 
@@ -63,11 +69,13 @@ def pipeline(directory: Path) -> dict[str, Any]:
     }
 
 
-def run(directory: Path, *overrides: str) -> int:
+def run(directory: Path, *overrides: str, change: Callable[[dict[str, Any]], None] = lambda config: None) -> int:
     runtime_of_this_process()
-    config = directory.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(pipeline(directory)))
-    return main(["pipeline", "--config", str(config), *overrides])
+    config = pipeline(directory)
+    change(config)
+    file = directory.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    return main(["pipeline", "--config", str(file), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -123,30 +131,114 @@ def test_finished_stages_are_not_run_again(finished: Path, tmp_path: Path, capsy
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/metrics.jsonl")} == before
 
 
-def test_an_interrupted_pipeline_goes_on_where_it_stopped(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal in the alignment's first step: what follows has the numbers of a pipeline that nobody stopped."""
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, stage: str, number: int) -> None:
+    """This process gets a real signal in that step (from 1) of the stage's session."""
     end_step = StageLoop.end_step
+    ended: list[str] = []
 
     def end_and_signal(self: StageLoop, *arguments: Any) -> None:
-        if self.stage == "align":
+        ended.extend([stage] * (self.directory.name == stage))
+        if self.directory.name == stage and len(ended) == number:
             signal.raise_signal(signal.SIGUSR1)
         end_step(self, *arguments)
 
+    monkeypatch.setattr(StageLoop, "end_step", end_and_signal)
+
+
+def test_an_interrupted_pipeline_goes_on_where_it_stopped(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the alignment's first step, and in the last one of a stage that has then nothing more to do.
+
+    What follows has the numbers of a pipeline that nobody stopped.
+    """
     directory = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(StageLoop, "end_step", end_and_signal)
-        with pytest.raises(SystemExit) as caught:
-            run(directory)
-    assert caught.value.code == 75
-    assert not (directory / "rlvr").exists()
-    assert not (directory / "summary.json").exists()
+    handler = signal.getsignal(signal.SIGUSR1)
+    for stopped, step, next_stage, state in (("align", 1, "rlvr", "interrupted"), ("rlvr", 2, "sft_rlvr", "finished")):
+        with monkeypatch.context() as patch:
+            signal_in_step(patch, stopped, step)
+            with pytest.raises(SystemExit) as caught:
+                run(directory)
+        assert caught.value.code == 75
+        assert json.loads((directory / stopped / "status.json").read_text())["state"] == state
+        assert not (directory / next_stage).exists()
+        assert not (directory / "summary.json").exists()
+        assert signal.getsignal(signal.SIGUSR1) is handler
     assert run(directory) == 0
     assert json.loads((directory / "align" / "status.json").read_text())["sessions"] == 2
+    assert json.loads((directory / "rlvr" / "status.json").read_text())["sessions"] == 1
     for arm in ("sft", "align", "rlvr", "sft_rlvr"):
         found, expected = (json.loads((path / f"eval_{arm}" / "evaluation.json").read_text()) for path in (directory, finished))
         assert found == expected
+
+
+def change_setting(name: str, override: str) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        (own,) = [own for own in config["stages"] if own["name"] == name]
+        own["overrides"].append(override)
+
+    return change
+
+
+CHANGES = {
+    "a_setting": ("sft", "optimizer.lr=0.5", ["optimizer.lr: 0.01 -> 0.5", "another experiment.dir"]),
+    "more_steps": ("rlvr", "trainer.max_steps=3", ["finished after 2 steps", "now it has 3", "another experiment.dir"]),
+    "of_an_evaluation": ("eval_rlvr", "also_greedy=false", ["also_greedy: True -> False"]),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changed_settings_of_a_finished_stage_are_an_error(case: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, override, parts = CHANGES[case]
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    assert run(finished, change=change_setting(name, override)) == 2
+    error = capsys.readouterr().err
+    assert [part for part in [*parts, str(finished / name)] if part not in error] == []
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_another_seed_is_an_error(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not old results under a new seed."""
+    capsys.readouterr()
+    assert run(finished, "seed=4") == 2
+    assert "runtime.seed: 3 -> 4" in capsys.readouterr().err
+    assert yaml.safe_load((finished / "pipeline.yaml").read_text())["seed"] == 3
+    assert json.loads((finished / "summary.json").read_text())["seed"] == 3
+
+
+def test_the_digits_of_another_seed_or_size_are_not_taken_for_these(tmp_path: Path) -> None:
+    """Before any stage has run."""
+    sizes = [f"digits.num_{name}=6" for name in ("public", "teacher", "prompts", "test")]
+
+    def prepare(*overrides: str) -> None:
+        stages = json.dumps([stage("sft", "sft", "model.path=m", "data.train=t.jsonl")])
+        given = [f"experiment.dir={tmp_path / 'run'}", "digits.enabled=true", *sizes, f"stages={stages}", *overrides]
+        config = load_config("pipeline", given)
+        assert isinstance(config, PipelineConfig)
+        _prepare(config, tmp_path / "run").release()
+
+    prepare()
+    before = (tmp_path / "run" / "data" / "test.jsonl").read_bytes()
+    prepare()
+    for override, difference in (("seed=7", "seed: 1234 -> 7"), ("digits.num_test=5", "digits.num_test: 6 -> 5")):
+        with pytest.raises(ConfigError, match=difference):
+            prepare(override)
+    assert (tmp_path / "run" / "data" / "test.jsonl").read_bytes() == before
+
+
+def test_a_directory_that_is_in_use_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By another pipeline, or by a run in one of its folders; overwriting would move it away under their feet."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    for used in (directory, directory / "sft"):
+        lock = RunLock(used)
+        capsys.readouterr()
+        assert run(directory, "experiment.overwrite=true") == 2
+        assert "another process is writing this run" in capsys.readouterr().err
+        lock.release()
+    assert not list(tmp_path.glob("run.old*"))
+    assert (directory / "summary.json").exists()
 
 
 def test_a_directory_with_other_things_in_it_is_moved_aside_or_kept(finished: Path, tmp_path: Path) -> None:
