@@ -86,6 +86,9 @@ evaluation
 checkpoints
   convert import   a HuggingFace directory to a checkpoint
   convert export   a checkpoint to a HuggingFace directory
+  convert upcycle  a dense model to a discriminator
+  convert verify   whether a HuggingFace directory and a checkpoint are the same model
+  convert inspect  what a directory holds
 
 examples
   {PROGRAM} pipeline demo=digits
@@ -94,14 +97,6 @@ examples
   torchrun --nproc-per-node 2 -m prism_nemo align parallel=tp2 ...
 
 {PROGRAM} COMMAND --help shows a command's options and, for a stage, every setting.
-"""
-
-CONVERT_HELP = f"""\
-usage: {PROGRAM} convert import --hf DIR --out DIR
-       {PROGRAM} convert export --checkpoint DIR --out DIR
-
-  import   reads a HuggingFace directory (safetensors) and writes a checkpoint of this project
-  export   reads a checkpoint and writes a HuggingFace directory, with config, tokenizer and processor
 """
 
 
@@ -182,25 +177,9 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
 
 
 def _prepare_convert(arguments: list[str]) -> Callable[[], None]:
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        return lambda: _print(CONVERT_HELP)
-    sources = {"import": "hf", "export": "checkpoint"}
-    direction, rest = arguments[0], arguments[1:]
-    if direction not in sources:
-        raise ConfigError(f"convert cannot `{direction}`", remedy=f"{PROGRAM} convert import or {PROGRAM} convert export")
-    parser = Parser(f"convert {direction}")
-    parser.add_argument(f"--{sources[direction]}", dest="source", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(rest)
+    from prism_nemo.convert.arguments import prepare
 
-    def run() -> None:
-        commands = importlib.import_module("prism_nemo.convert.commands")
-        if direction == "import":
-            commands.import_hf(options.source, options.out)
-        else:
-            commands.export_hf(options.source, options.out)
-
-    return run
+    return prepare(arguments, Parser)
 
 
 def _prepare_plan(arguments: list[str]) -> Callable[[], None]:

@@ -50,7 +50,15 @@ def import_hf(hf: Path, out: Path, *, ranks: Ranks = ALONE, max_shard_bytes: int
         write_checkpoint(source, config, hf, out, score_head=score_head, ranks=ranks, max_bytes=max_shard_bytes, quiet=quiet)
 
 
-def import_megatron(checkpoint: Path, model: Path, out: Path, *, ranks: Ranks = ALONE, quiet: bool = True) -> None:
+def import_megatron(
+    checkpoint: Path,
+    model: Path,
+    out: Path,
+    *,
+    ranks: Ranks = ALONE,
+    max_shard_bytes: int | None = None,
+    quiet: bool = True,
+) -> None:
     """Writes a checkpoint of this project from another `torch_dist` checkpoint of the same model, such as Megatron-Bridge's.
 
     `model` has its config.json, tokenizer and processor. Layers may be numbered or stacked, vocabularies padded.
@@ -64,11 +72,18 @@ def import_megatron(checkpoint: Path, model: Path, out: Path, *, ranks: Ranks = 
                 config = headless(config)
             source = CheckpointSource(stored, config, score_head=score_head)
             stack.callback(source.io.close)
-        write_checkpoint(source, config, model, out, score_head=score_head, ranks=ranks, quiet=quiet)
+        write_checkpoint(source, config, model, out, score_head=score_head, ranks=ranks, max_bytes=max_shard_bytes, quiet=quiet)
 
 
 def upcycle_hf(
-    dense: Path, out: Path, options: DiscriminatorConfig, *, seed: int, ranks: Ranks = ALONE, quiet: bool = True
+    dense: Path,
+    out: Path,
+    options: DiscriminatorConfig,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+    max_shard_bytes: int | None = None,
+    quiet: bool = True,
 ) -> None:
     """Writes the checkpoint of the discriminator that a dense model becomes, as the warm-up stage would start from it.
 
@@ -84,7 +99,17 @@ def upcycle_hf(
             "stds": [options.expert_noise_std, options.router_init_std, options.head_init_std],
             "experts": [options.num_experts, options.moe_router_topk],
         }
-        write_checkpoint(target, upcycled, assets, out, score_head=True, ranks=ranks, options=drawn, quiet=quiet)
+        write_checkpoint(
+            target,
+            upcycled,
+            assets,
+            out,
+            score_head=True,
+            ranks=ranks,
+            options=drawn,
+            max_bytes=max_shard_bytes,
+            quiet=quiet,
+        )
 
 
 def open_dense(path: Path, stack: ExitStack) -> tuple[Source, Path, dict[str, Any]]:
