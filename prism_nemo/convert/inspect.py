@@ -16,7 +16,7 @@ from prism_nemo.convert.hf import CONFIG_FILE, load_model_config
 from prism_nemo.convert.hf_reader import HFReader, has_score_head
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, Config, hf_shapes, hub_config
 from prism_nemo.convert.sources import CheckpointSource
-from prism_nemo.convert.torch_dist import METADATA, TorchDistCheckpoint, is_torch_dist, read_content
+from prism_nemo.convert.torch_dist import METADATA, OPTIMIZER_UPDATES, TorchDistCheckpoint, is_torch_dist, read_content
 from prism_nemo.errors import CheckpointError, PrismError
 from prism_nemo.run_directory import LATEST
 
@@ -106,7 +106,7 @@ def _checkpoint(path: Path) -> Description:
     wrapper = find_wrapper(stored.tensors)
     score_head = f"{wrapper or ''}{MEGATRON_SCORE_HEAD}" in stored.tensors
     content = read_content(path)
-    optimizer = content.get("optimizer", any(key.startswith("optimizer.") for key in stored.tensors))
+    optimizer = content.get(OPTIMIZER_UPDATES, any(key.startswith("optimizer.") for key in stored.tensors))
     result.facts |= {"optimizer state": bool(optimizer), "written by": "this project" if ours else "another tool"}
     weights = [tensor for key, tensor in stored.tensors.items() if not key.startswith("optimizer.")]
     result.facts["type"] = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))

@@ -231,6 +231,7 @@ def rows_to_hf(op: Op, rows: int) -> tuple[tuple[RowRun, ...], ...]:
 
 def _runs_of(numbers: Tensor, bounds: Tensor) -> tuple[RowRun, ...]:
     """Row numbers over all sources -> runs of consecutive rows within one source."""
+    numbers = numbers.contiguous()
     source = torch.bucketize(numbers, bounds[1:], right=True)
     breaks = (numbers[1:] != numbers[:-1] + 1) | (source[1:] != source[:-1])
     starts = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(numbers)]

@@ -73,7 +73,8 @@ def plan_checkpoint(
 
     for part in _checkpoint_parts(rows, config):
         archive = TensorArchive(part.sizes, source.dtype)
-        if slots and position + archive.total_bytes > max_shard_bytes:
+        begun = len(slots) > (0 if files else 1)  # with a tensor of its own
+        if begun and position + archive.total_bytes > max_shard_bytes:
             close_file()
         page = _PAGE if archive.data_bytes >= 16 * _PAGE else 64  # where the values begin
         offset = -(-(position + archive.data_offset) // page) * page - archive.data_offset

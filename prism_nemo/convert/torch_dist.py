@@ -30,6 +30,7 @@ METADATA = ".metadata"  # the index, written last by torch
 COMMON = "common.pt"
 CONFIG = "metadata.json"
 CONTENT = "content_metadata"
+OPTIMIZER_UPDATES = "optimizer_updates"  # in the content metadata, as engine/checkpoint.py writes it; 0: weights alone
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _PLAIN = {  # the types of an index; their attributes are all that is wanted of them
     "torch.distributed.checkpoint.metadata": {
@@ -327,7 +328,7 @@ def write_index(
         storage[MetadataIndex(key)] = _StorageInfo(*object_place)
     metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
     (directory / METADATA).write_bytes(pickle.dumps(metadata))
-    torch.save({CONTENT: {"optimizer": False}}, directory / COMMON)
+    torch.save({CONTENT: {OPTIMIZER_UPDATES: 0}}, directory / COMMON)
     for name in (METADATA, COMMON):
         sync(directory / name)
     write_json(directory / CONFIG, _FORMAT)

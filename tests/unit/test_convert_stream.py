@@ -1,0 +1,265 @@
+"""Streamed checkpoints against Megatron's own: the same keys, shapes and values, read and written without a model."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.qwen3_vl_configs import OFFICIAL, official_config
+from helpers.rows import one_rank
+from helpers.tiny import tiny_model
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision
+from prism_nemo.convert import manifest
+from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
+from prism_nemo.convert.hf_reader import HFReader
+from prism_nemo.convert.ops import GateUp, MergeQKV, VisionQKV
+from prism_nemo.convert.pieces import Files, RowRun, rows_to_hf, rows_to_megatron, tensor_bytes
+from prism_nemo.convert.plans import plan_checkpoint, plan_hf
+from prism_nemo.convert.qwen3_vl import hf_shapes
+from prism_nemo.convert.sources import CheckpointSource
+from prism_nemo.convert.torch_dist import Stored, StoredTensor, TorchDistCheckpoint, read_content
+from prism_nemo.convert.torch_zip import TensorArchive, locate_tensor
+from prism_nemo.engine import checkpoint as engine_checkpoint
+from prism_nemo.engine.checkpoint import save_model
+from prism_nemo.errors import CheckpointError
+from prism_nemo.models.base import TrainableModel
+from prism_nemo.models.discriminator import DiscriminatorModel
+from prism_nemo.models.policy import PolicyModel
+from prism_nemo.models.weights import canonical_parameters
+
+KINDS = ("dense", "tied", "experts", "discriminator")
+
+
+def source_of(kind: str) -> Path:
+    return tiny_model(experts=kind == "experts", tied=kind == "tied").directory
+
+
+def build(kind: str, path: Path) -> TrainableModel:
+    if kind == "discriminator":
+        config = DiscriminatorConfig(path=str(path), precision=Precision.fp32)
+        return DiscriminatorModel(config, ParallelConfig(), one_rank(), seed=7)
+    return PolicyModel(ModelConfig(path=str(path), precision=Precision.fp32), ParallelConfig(), one_rank())
+
+
+def stream(kind: str, out: Path) -> Path:
+    """The streamed checkpoint's folder."""
+    if kind == "discriminator":
+        upcycle_hf(source_of(kind), out, DiscriminatorConfig(), seed=7)
+        return out / "discriminator"
+    import_hf(source_of(kind), out)
+    return out
+
+
+def index_of(directory: Path) -> tuple[dict[str, Any], set[str]]:
+    """Shape, type and chunks by key, and the keys of objects, as torch reads them."""
+    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
+    objects = {key for key, entry in metadata.items() if isinstance(entry, BytesStorageMetadata)}
+    tensors = {
+        key: (
+            tuple(entry.size),
+            entry.properties.dtype,
+            sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks),
+        )
+        for key, entry in metadata.items()
+        if not isinstance(entry, BytesStorageMetadata)
+    }
+    return tensors, objects
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_index_is_what_megatron_writes(kind: str, tmp_path: Path) -> None:
+    streamed = stream(kind, tmp_path / "streamed")
+    save_model(tmp_path / "saved", build(kind, source_of(kind)).chunks, None)
+    assert index_of(streamed) == index_of(tmp_path / "saved")
+    assert json.loads((streamed / "metadata.json").read_text()) == json.loads((tmp_path / "saved/metadata.json").read_text())
+    assert read_content(streamed) == read_content(tmp_path / "saved") == {"optimizer_updates": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_loads_the_stream_as_it_loads_the_source(kind: str, tmp_path: Path) -> None:
+    """For the discriminator: upcycling in memory and streamed are the same, noise and all."""
+    streamed = stream(kind, tmp_path / "out")
+    expected, found = build(kind, source_of(kind)), build(kind, streamed)
+    before, after = (canonical_parameters(model.chunks, model.hf_config) for model in (expected, found))
+    assert before.keys() == after.keys() and len(before) > 90
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_megatron_saved_is_exported(kind: str, tmp_path: Path) -> None:
+    model = build(kind, source_of(kind))
+    save_model(tmp_path / "saved", model.chunks, None)
+    model.save_assets(tmp_path / "saved" / "hf")
+    engine_checkpoint.seal(tmp_path / "saved")
+    export_hf(tmp_path / "saved", tmp_path / "hf")
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    if kind != "discriminator":
+        with HFReader(source_of(kind)) as reader:
+            assert written.keys() == reader.names
+            fused = ".mlp.experts."
+            for name, tensor in written.items():
+                expected = reader.get(name)
+                assert torch.equal(tensor, expected.transpose(1, 2) if fused in name else expected), name
+    else:
+        assert torch.equal(written["value_head.weight"], model.module.score_head.weight)
+        import_hf(tmp_path / "hf", tmp_path / "again")
+        again = build(kind, tmp_path / "again")
+        before, after = (canonical_parameters(each.chunks, each.hf_config) for each in (model, again))
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("size", OFFICIAL)
+def test_all_official_sizes_are_accounted_for_in_both_directions(size: str) -> None:
+    """Names and shapes alone: every element of the checkpoint has one place, every HuggingFace tensor comes back."""
+    config = official_config(size)
+    shapes = hf_shapes(config)
+
+    class Nothing:
+        dtype = torch.bfloat16
+        files: list[Path] = []
+        io = Files()
+
+        def pieces(self, name: str, first: int, last: int) -> Any:
+            raise AssertionError("values are not needed to plan")
+
+    plan = plan_checkpoint(Nothing(), config)
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(torch.Size(tensor.sizes).numel() for tensor in plan.tensors) == total
+    by_key: dict[str, list[Any]] = {}
+    for tensor in plan.tensors:
+        by_key.setdefault(tensor.key, []).append(tensor)
+    for key, chunks in by_key.items():
+        assert sum(torch.Size(chunk.sizes).numel() for chunk in chunks) == torch.Size(chunks[0].shape).numel(), key
+        assert len({chunk.offsets for chunk in chunks}) == len(chunks), key
+    ends: dict[str, int] = {}
+    for tensor in plan.tensors:
+        name, offset, length = tensor.place
+        assert offset >= ends.get(name, 0), "archives do not overlap"
+        ends[name] = offset + length
+    assert ends == {file.name: file.size for file in plan.files}
+
+    stored = TorchDistCheckpoint.__new__(TorchDistCheckpoint)
+    stored.directory, stored.objects = Path(), set(plan.objects)
+    stored.tensors = {
+        key: StoredTensor(
+            key,
+            chunks[0].shape,
+            chunks[0].dtype,
+            tuple(Stored(Path(c.place[0]), c.place[1], c.place[2], c.offsets, c.sizes, c.dtype) for c in chunks),
+        )
+        for key, chunks in by_key.items()
+    }
+    back = plan_hf(CheckpointSource(stored, config), config)
+    written: dict[str, tuple[int, ...]] = {}
+    for file in back.files:
+        header = json.loads(file.header[8:])
+        written |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    assert written == shapes
+    assert back.total_bytes == 2 * total
+    assert set(back.weight_map) == set(shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 2), (1, 1, 7, 5), (4,), ()])
+def test_an_archive_is_one_that_torch_writes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    archive, content = TensorArchive(shape, dtype), bytes(tensor_bytes(tensor))
+    before, after = archive.render(zlib.crc32(content))
+    raw = before + content + after
+    assert len(raw) == archive.total_bytes
+    assert zipfile.ZipFile(io.BytesIO(raw)).testzip() is None
+    loaded = torch.load(io.BytesIO(raw), weights_only=True)
+    assert loaded.dtype == dtype and loaded.shape == tensor.shape and torch.equal(loaded, tensor)
+    theirs = io.BytesIO()
+    torch.save(tensor, theirs)
+    for stream in (io.BytesIO(raw), theirs):
+        start = locate_tensor(stream, shape, dtype)
+        assert stream.getvalue()[start : start + len(content)] == content
+
+
+def test_a_tensor_that_is_not_what_the_index_says_is_refused() -> None:
+    stream = io.BytesIO()
+    torch.save(torch.ones(2, 3), stream)
+    for shape, dtype in (((3, 2), torch.float32), ((2, 3), torch.int32)):
+        with pytest.raises(ValueError, match="instead of"):
+            locate_tensor(stream, shape, dtype)
+    transposed = io.BytesIO()
+    torch.save(torch.ones(3, 2).T, transposed)
+    with pytest.raises(ValueError, match="stride"):
+        locate_tensor(transposed, (2, 3), torch.float32)
+
+
+def test_rows_of_ops() -> None:
+    """By hand: two groups of two query heads, a key and a value head, of one row each."""
+    qkv = MergeQKV(num_heads=4, num_kv_heads=2, head_dim=1)
+    assert rows_to_megatron(qkv, (4, 2, 2)) == (
+        RowRun(0, 0, 2),
+        RowRun(1, 0, 1),
+        RowRun(2, 0, 1),
+        RowRun(0, 2, 2),
+        RowRun(1, 1, 1),
+        RowRun(2, 1, 1),
+    )
+    assert rows_to_hf(qkv, 8) == (
+        (RowRun(0, 0, 2), RowRun(0, 4, 2)),
+        (RowRun(0, 2, 1), RowRun(0, 6, 1)),
+        (RowRun(0, 3, 1), RowRun(0, 7, 1)),
+    )
+    assert rows_to_megatron(GateUp(), (3, 3)) == (RowRun(0, 0, 3), RowRun(1, 0, 3))
+    vision = VisionQKV(num_heads=2, head_dim=2)
+    assert [run.start for run in rows_to_megatron(vision, (12,))] == [0, 4, 8, 2, 6, 10]
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def test_an_index_with_code_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"builtins\.print has no place in a checkpoint's index"):
+        TorchDistCheckpoint(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_changed_byte_shows_in_verify_and_a_cut_file_everywhere(tmp_path: Path) -> None:
+    from prism_nemo.convert.verify import verify
+
+    streamed = stream("dense", tmp_path / "out")
+    assert verify(source_of("dense"), streamed, outputs=False).same
+    (file,) = streamed.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    place = TorchDistCheckpoint(streamed).tensors["language_model.decoder.final_layernorm.weight"].chunks[0]
+    content[place.start] ^= 1
+    file.write_bytes(content)
+    assert verify(source_of("dense"), streamed, outputs=False).different == ["language_model.decoder.final_layernorm.weight"]
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="incomplete"):
+        export_hf(streamed, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_manifest_is_the_engines(tmp_path: Path) -> None:
+    for name in ("a", "hf/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    manifest.seal(tmp_path)
+    ours = (tmp_path / manifest.MANIFEST).read_text()
+    (tmp_path / manifest.MANIFEST).unlink()
+    engine_checkpoint.seal(tmp_path)
+    assert (tmp_path / engine_checkpoint.MANIFEST).read_text() == ours
+    assert manifest.problems(tmp_path) == []
+    shutil.rmtree(tmp_path / "hf")
+    assert manifest.problems(tmp_path) == ["hf/b is missing"]
