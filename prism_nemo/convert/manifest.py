@@ -15,7 +15,8 @@ MANIFEST = "manifest.json"
 
 
 def seal(directory: Path) -> None:
-    """Writes the manifest; the last thing that goes into the folder."""
+    """Writes the manifest; the last thing that goes into the folder. One of an earlier, cut-off run is replaced."""
+    (directory / MANIFEST).unlink(missing_ok=True)
     files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file()}
     (directory / MANIFEST).write_text(json.dumps(files, indent=1))
     sync(directory / MANIFEST)

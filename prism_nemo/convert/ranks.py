@@ -56,8 +56,11 @@ def launched_ranks() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
-        dist.destroy_process_group()
+        if started:
+            dist.destroy_process_group()

@@ -120,19 +120,22 @@ def test_what_megatron_saved_is_exported(kind: str, tmp_path: Path) -> None:
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+class Nothing:
+    """A source without values, which a plan does not need."""
+
+    def __init__(self) -> None:
+        self.dtype, self.io = torch.bfloat16, Files()
+        self.files: list[Path] = []
+
+    def pieces(self, name: str, first: int, last: int) -> Any:
+        raise AssertionError("values are not needed to plan")
+
+
 @pytest.mark.parametrize("size", OFFICIAL)
 def test_all_official_sizes_are_accounted_for_in_both_directions(size: str) -> None:
     """Names and shapes alone: every element of the checkpoint has one place, every HuggingFace tensor comes back."""
     config = official_config(size)
     shapes = hf_shapes(config)
-
-    class Nothing:
-        dtype = torch.bfloat16
-        files: list[Path] = []
-        io = Files()
-
-        def pieces(self, name: str, first: int, last: int) -> Any:
-            raise AssertionError("values are not needed to plan")
 
     plan = plan_checkpoint(Nothing(), config)
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
