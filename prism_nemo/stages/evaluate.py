@@ -17,7 +17,7 @@ from prism_nemo.config.schema import EvalConfig, RolloutConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
-from prism_nemo.rewards.registry import rewards_of
+from prism_nemo.rewards.registry import reward_function, rewards_of
 from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.run_directory import write_atomically
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
@@ -31,6 +31,7 @@ def run(config: EvalConfig) -> None:
     Told to stop, it ends with status 75 and has nothing to show; the same command evaluates anew.
     """
     validate(config)
+    reward_function(config.reward.name)  # an unknown name is found before anything is sampled
     directory = Path(config.experiment.dir)
     with open_sampling_run("eval", config) as opened:
         prompts = HeldOutPrompts(

@@ -120,7 +120,10 @@ def _health(stage_directory: Path) -> dict[str, float]:
 
 def _prepare(config: PipelineConfig, directory: Path) -> RunLock:
     """The run directory, locked, and in it the digits task and its untrained model where they are asked for and not there."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrismError(f"cannot make the run directory: {error.strerror}", where=str(directory)) from error
     lock = RunLock(directory)
     try:
         others = [path for path in directory.iterdir() if path.name != LOCK]

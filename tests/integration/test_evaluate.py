@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.stages import HELD_OUT, run_stage, written
 
+from prism_nemo.errors import ConfigError
 from prism_nemo.experiment import Experiment
 
 SMALL_BATCHES = "rollout.max_batch_size=5"  # of twelve prompts
@@ -43,6 +44,12 @@ def test_the_size_of_the_batches_changes_nothing(whole: Path, tmp_path: Path) ->
     run = run_stage("eval", tmp_path / "run", SMALL_BATCHES, "reward.accuracy_weight=0.7", "reward.format_weight=0.1")
     assert written(run) == written(whole)
     assert evaluation(run) == evaluation(whole)
+
+
+def test_an_unknown_reward_is_found_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no reward named 'exactt'"):
+        run_stage("eval", tmp_path / "run", "reward.name=exactt")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_evaluation_says_so_and_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

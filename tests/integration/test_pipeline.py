@@ -227,6 +227,12 @@ def test_the_digits_of_another_seed_or_size_are_not_taken_for_these(tmp_path: Pa
     assert (tmp_path / "run" / "data" / "test.jsonl").read_bytes() == before
 
 
+def test_a_file_in_place_of_the_directory_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("")
+    assert run(tmp_path / "run") == 2
+    assert "cannot make the run directory" in capsys.readouterr().err
+
+
 def test_a_directory_that_is_in_use_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By another pipeline, or by a run in one of its folders; overwriting would move it away under their feet."""
     directory = tmp_path / "run"
