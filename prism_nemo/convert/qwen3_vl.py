@@ -134,8 +134,9 @@ def hub_config(config: Config) -> dict[str, Any]:
     rope = {**(text.get("rope_scaling") or {}), **(text.pop("rope_parameters", None) or {})}
     if "rope_theta" in rope:
         text["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("type", "default")  # the older name of rope_type; "mrope" said what the other keys say
+    rope.setdefault("rope_type", "default" if kind == "mrope" else kind)
     rope.setdefault("mrope_interleaved", True)
-    rope.setdefault("rope_type", "default")
     text["rope_scaling"] = rope
     tied = bool(result.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     result["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
