@@ -19,9 +19,21 @@ LOGITS_AT_A_TIME = 1 << 24  # engine/logprobs.py
 
 
 class Recompute(StrEnum):
-    none = "none"  # everything is kept
-    selective = "selective"  # attention's own inner values are computed again
-    full = "full"  # only every layer's input is kept
+    """What backward computes again, in every layer of language model and tower, instead of keeping it."""
+
+    none = "none"
+    core_attn = "core_attn"  # attention without its projections
+    mlp = "mlp"  # the norm and the MLP, or the experts with router and dispatch
+    both = "core_attn+mlp"
+    full = "full"  # everything: only the layer's input is kept
+
+    @property
+    def covers_core(self) -> bool:
+        return self in (Recompute.core_attn, Recompute.both)
+
+    @property
+    def covers_mlp(self) -> bool:
+        return self in (Recompute.mlp, Recompute.both)
 
 
 class Attention(StrEnum):
@@ -63,30 +75,70 @@ class Saved:
     """Bytes that one row keeps on one rank until its backward pass."""
 
     per_layer: float
-    layer_input: float  # what full recompute keeps of a layer instead
+    again: float  # what recomputing one language layer brings back, one layer at a time
     vision: float
+    vision_again: float  # the same of the tower's layers
     entry: float  # the row itself, rotary tables, what puts visual tokens in
     head: float  # final norm and the hidden states that log-probabilities are taken of
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's bytes by what recomputing can leave out."""
+
+    input: float  # what a recomputed part starts from
+    outer: float  # norm, projections
+    core: float
+    core_inputs: float  # what attention starts from
+    mlp: float  # with its norm
+
+    def kept(self, recompute: Recompute) -> float:
+        if recompute is Recompute.full:
+            return self.input
+        core = self.core_inputs if recompute.covers_core else self.core
+        return self.outer + core + (self.input if recompute.covers_mlp else self.mlp)
+
+    def again(self, recompute: Recompute) -> float:
+        """Of one layer while its backward pass runs; of two recomputed parts the larger, for they come one after the other."""
+        if recompute is Recompute.full:
+            return self.kept(Recompute.none)
+        return max(self.core if recompute.covers_core else 0.0, self.mlp if recompute.covers_mlp else 0.0)
+
+
 def saved_bytes(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> Saved:
-    """Everything of one row. A layer's figure is without recompute; `memory.py` decides how many layers keep it."""
+    """Everything of one row."""
     b = cost.value_bytes
     tokens = row.tokens / parallel.context_parallel_size
-    local = tokens / parallel.tensor_model_parallel_size if is_sequence_parallel(shape, parallel) else tokens
-    norm = 2 * FP32 + b if cost.is_fp32 else FP32 + 2 * b  # x32, the normed value, the output (which the next layer keeps)
-    mlp = _mlp(shape, tokens, parallel, cost) if shape.experts is None else _experts(shape, local, parallel, cost)
-    per_layer = 2 * local * (norm * shape.hidden_size + FP32) + _attention(shape, row, parallel, cost) + mlp
-    labels = row.labels * shape.hidden_size * b
-    rotary = 2 * b * row.tokens * shape.head_dim
+    layer = _language_layer(shape, row, parallel, cost)
+    labels = row.labels / parallel.context_parallel_size * shape.hidden_size * b
+    rotary = 2 * b * tokens * shape.head_dim
     pixels = row.visual_tokens * shape.vision.patches_per_token * shape.vision.patch_width * FP32
-    inserted = row.visual_tokens * shape.hidden_size * b * (1 + shape.vision.num_deepstack) * cost.vision_is_trained
+    inserted = row.visual_tokens / parallel.context_parallel_size * shape.hidden_size * b * (1 + shape.vision.num_deepstack)
+    vision, vision_again = _vision(shape, row, parallel, cost)
     return Saved(
-        per_layer=per_layer,
-        layer_input=b * local * shape.hidden_size,
-        vision=_vision(shape, row, parallel, cost),
-        entry=rotary + pixels + inserted,
-        head=local * ((FP32 + b) * shape.hidden_size + FP32) + labels,
+        per_layer=layer.kept(cost.recompute),
+        again=layer.again(cost.recompute),
+        vision=vision,
+        vision_again=vision_again,
+        entry=rotary + pixels + inserted * cost.vision_is_trained,
+        head=_local_tokens(shape, row, parallel) * ((FP32 + b) * shape.hidden_size + FP32) + labels,
+    )
+
+
+def _local_tokens(shape: Shape, row: Row, parallel: ParallelConfig) -> float:
+    tokens = row.tokens / parallel.context_parallel_size
+    return tokens / parallel.tensor_model_parallel_size if is_sequence_parallel(shape, parallel) else tokens
+
+
+def _language_layer(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> _Layer:
+    b, local = cost.value_bytes, _local_tokens(shape, row, parallel)
+    tokens = row.tokens / parallel.context_parallel_size
+    # x32, the normed value, and the output, which the next linear layer keeps
+    norm = local * ((2 * FP32 + b if cost.is_fp32 else FP32 + 2 * b) * shape.hidden_size + FP32)
+    mlp = _mlp(shape, tokens, parallel, cost) if shape.experts is None else _experts(shape, local, parallel, cost)
+    head_norms, core, core_inputs, out = _attention(shape, row, parallel, cost)
+    return _Layer(
+        input=b * local * shape.hidden_size, outer=norm + head_norms + out, core=core, core_inputs=core_inputs, mlp=norm + mlp
     )
 
 
@@ -95,27 +147,27 @@ def is_sequence_parallel(shape: Shape, parallel: ParallelConfig) -> bool:
     return parallel.tensor_model_parallel_size > 1 and (parallel.sequence_parallel or shape.experts is not None)
 
 
-def _attention(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:
-    """Head norms, rotated queries and keys, values, output; the input and its norm are counted with the layer."""
+def _attention(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> tuple[float, float, float, float]:
+    """Of the head norms; of attention itself; of its inputs alone; of its output, which the projection keeps."""
     b, tp, cp = cost.value_bytes, parallel.tensor_model_parallel_size, parallel.context_parallel_size
     tokens, keys = row.tokens / cp, row.keys
     query, key = shape.query_width / tp, shape.key_width / tp
     heads, groups = shape.num_heads / tp, shape.num_kv_heads / tp
-    joint = b * (query + 2 * key)  # what the qkv layer gave; a view of it keeps all of it
+    joint = b * (query + 2 * key)  # what the qkv layer gave; a view of it, such as the values, keeps all of it
     normed = b * (query + key) + FP32 * (heads + groups)
     if cost.is_fp32:
         head_norms = tokens * (normed + b * query + joint)  # the key's x32 is a view of the joint output
     else:
         head_norms = tokens * (normed + FP32 * (query + key))
-    statistics = tokens * FP32 * heads
-    out = tokens * b * query
+    inputs = tokens * (b * (query + key) + (0.0 if cost.is_fp32 else joint))
+    statistics, out = tokens * FP32 * heads, tokens * b * query
     if cost.attention is Attention.cpu:
-        core = tokens * b * query + 2 * keys / cp * b * key + out + statistics  # gathered copies, the batches' own output
+        core = tokens * b * query + 2 * keys * b * key + out + statistics  # gathered copies, the batches' own output
+    elif cp > 1:
+        core = tokens * b * query + row.tokens * 2 * b * key + statistics  # keys and values of the whole row, gathered
     else:
-        values = 0.0 if cost.is_fp32 else tokens * joint
-        rotated = tokens * b * (query + key) + (b * 2 * key * (row.tokens - tokens))  # keys and values of the other CP ranks
-        core = rotated + values + statistics
-    return head_norms + core + out
+        core = inputs + statistics
+    return head_norms, core, inputs, out
 
 
 def _mlp(shape: Shape, tokens: float, parallel: ParallelConfig, cost: Cost) -> float:
@@ -132,20 +184,26 @@ def _experts(shape: Shape, local: float, parallel: ParallelConfig, cost: Cost) -
     return router + routed * (b * (shape.hidden_size + 6 * shape.experts.ffn_hidden_size / etp) + 2 * FP32)
 
 
-def _vision(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:
-    """The trained tower. A frozen one keeps nothing."""
+def _vision(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> tuple[float, float]:
+    """The trained tower, and what recomputing one of its layers brings back. A frozen one keeps nothing."""
     if not cost.vision_is_trained or not row.visual_tokens:
-        return 0.0
+        return 0.0, 0.0
     vision, b, tp = shape.vision, cost.value_bytes, parallel.tensor_model_parallel_size
     patches = row.visual_tokens * vision.patches_per_token
-    hidden = vision.hidden_size
-    # two norms' inputs and outputs whole; queries, keys, values, output and its gathered copy, and the MLP's two, cut
-    block = b * (4 * hidden + (5 * hidden + 2 * vision.ffn_hidden_size) / tp) + FP32 * (vision.num_heads / tp + 4)
-    mergers = (1 + vision.num_deepstack) * b * (hidden + 2 * hidden / tp) + b * hidden
+    hidden, own = b * vision.hidden_size, b * vision.hidden_size / tp
+    layer = _Layer(
+        input=patches * hidden,
+        outer=patches * (2 * hidden + own + 2 * FP32),  # norm: input, output; the gathered output of attention
+        core=patches * (4 * own + FP32 * vision.num_heads / tp),  # queries, keys, values, output
+        core_inputs=patches * 3 * own,
+        mlp=patches * (2 * hidden + 2 * b * vision.ffn_hidden_size / tp + 2 * FP32),
+    )
+    mergers = (1 + vision.num_deepstack) * (hidden + 2 * own) + hidden
     patch = 0 if cost.is_fp32 else b * vision.patch_width  # fp32 pixels are the row's own
     position = 4 * (8 + FP32)  # four table entries and weights a patch
-    rotary = 2 * FP32 * hidden / vision.num_heads
-    return patches * (vision.depth * block + mergers + patch + position + rotary)
+    rotary = 2 * FP32 * vision.hidden_size / vision.num_heads
+    around = patches * (mergers + patch + position + rotary)
+    return vision.depth * layer.kept(cost.recompute) + around, layer.again(cost.recompute)
 
 
 def logits_workspace(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:

@@ -19,7 +19,7 @@ from prism_nemo.plan.activations import Cost, Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GPUS, read_gpu
 from prism_nemo.plan.memory import Settings
 from prism_nemo.plan.search import Job, Plan, best, does_not_fit, evaluate, with_recompute
-from prism_nemo.plan.shapes import OFFICIAL_SIZES, read_shape
+from prism_nemo.plan.shapes import OFFICIAL_SIZES, Shape, read_shape
 from prism_nemo.plan.timing import Cluster
 from prism_nemo.plan.workload import STAGES, Workload
 
@@ -41,7 +41,8 @@ where
   --gpu GPU              {", ".join(GPUS)} (h100)
   --nodes N              machines (1)
   --gpus-per-node N      GPUs of one (8)
-  --layout A=N,...       tp, pp, vpp, cp, ep, etp; sp=true|false, recompute=none|selective|full, offload=true
+  --layout A=N,...       tp, pp, vpp, first and last (layers of those stages), cp, ep, etp; sp=true|false,
+                         recompute=none|core_attn|mlp|core_attn+mlp|full, offload=true|false
 
 one step; what is not given is the stage's own setting, with lengths at their limits and images half of the prompt
   --prompt-tokens N      of a typical prompt, its image included
@@ -70,6 +71,8 @@ _SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
+    "first": "num_layers_in_first_pipeline_stage",
+    "last": "num_layers_in_last_pipeline_stage",
     "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
@@ -115,22 +118,15 @@ def run(options: argparse.Namespace) -> None:
 
 def read_job(options: argparse.Namespace) -> Job:
     """What the arguments ask for; lengths and batch from the stage's shipped settings where they are not given."""
-    policy = read_shape(options.model)
+    policy = read_shape(options.model) if options.stage != "warmup" else None
     discriminator = None
-    if options.stage == "warmup":
-        discriminator, policy = policy, None  # type: ignore[assignment]
-        if options.discriminator is not None:
-            discriminator = read_shape(options.discriminator, option="--discriminator")
-    elif options.stage == "align":
-        discriminator = read_shape(options.discriminator or "2B", option="--discriminator")
+    if options.stage in ("warmup", "align"):
+        chosen = options.discriminator or (options.model if options.stage == "warmup" else "2B")
+        discriminator = _read_discriminator(chosen, options)
     elif options.discriminator is not None:
         raise ConfigError(
             f"{options.stage} has no discriminator", where="--discriminator", remedy="leave it out, or plan warmup or align"
         )
-    if discriminator is not None and not discriminator.experts:
-        discriminator = discriminator.as_discriminator(options.experts)
-    elif discriminator is not None:
-        discriminator = replace(discriminator, is_discriminator=True)  # a warmed-up one, read from its directory
     cost = Cost(
         value_bytes=4 if options.precision == "fp32" else 2,
         vision_is_trained=not options.freeze_vision,
@@ -138,6 +134,14 @@ def read_job(options: argparse.Namespace) -> Job:
     )
     cluster = Cluster(read_gpu(options.gpu), options.nodes, options.gpus_per_node)
     return Job(policy, discriminator, _workload(options), cluster, Settings(cost))
+
+
+def _read_discriminator(model: str, options: argparse.Namespace) -> Shape:
+    """The one that a dense model is made into, or a warmed-up one in a directory, whose configuration has the experts."""
+    shape = read_shape(model, option="--model" if options.discriminator is None else "--discriminator")
+    if shape.experts is not None and Path(model).is_dir():
+        return replace(shape, is_discriminator=True)
+    return shape.as_discriminator(options.experts)
 
 
 def _workload(options: argparse.Namespace) -> Workload:
@@ -207,7 +211,7 @@ def parse_layout(text: str) -> GivenLayout:
                 f"`{part}` is not part of a layout",
                 where="--layout",
                 remedy="as in tp=4,pp=2,sp=true,recompute=full: "
-                "tp, pp, vpp, cp, ep and etp are numbers, sp and offload true or false, recompute none, selective or full",
+                f"{', '.join(_SIZES)} are numbers, sp and offload true or false, recompute {', '.join(Recompute)}",
             )
     return GivenLayout(ParallelConfig(**values), recompute, offload)
 

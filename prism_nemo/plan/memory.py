@@ -6,7 +6,7 @@ Nothing here was fitted: every term is what a part of the engine allocates (`eng
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from prism_nemo.config.schema import ParallelConfig
@@ -15,13 +15,12 @@ from prism_nemo.plan.activations import (
     LOGITS_AT_A_TIME,
     Attention,
     Cost,
-    Recompute,
     Row,
     layer_workspace,
     logits_workspace,
     saved_bytes,
 )
-from prism_nemo.plan.parameters import expert_tensor_size, rank_parameters
+from prism_nemo.plan.parameters import expert_tensor_size, rank_parameters, stage_layers
 from prism_nemo.plan.shapes import Shape
 from prism_nemo.plan.workload import Workload, discriminator_passes, policy_passes, prompts_per_rank
 
@@ -34,7 +33,7 @@ class Settings:
     """What changes memory beside shape and layout."""
 
     cost: Cost = field(default_factory=Cost)
-    cpu_offload: bool = False  # optimizer.cpu_offload: master weights and moments in the host's memory
+    cpu_offload: bool = False  # optimizer.cpu_offload: its state is on the GPU only while it steps
     fused_adam: bool = False  # from Transformer Engine or apex; torch's keeps one more copy of the second moment for a moment
 
 
@@ -46,6 +45,7 @@ class ModelState:
     gradients: float
     optimizer: float
     optimizer_step: float  # extra, while the optimizer steps
+    own_parameters: float  # whose update is this rank's work: a number, not bytes
 
     @property
     def total(self) -> float:
@@ -121,7 +121,8 @@ def model_state(shape: Shape, parallel: ParallelConfig, world_size: int, setting
         weights=b * held.total,
         gradients=FP32 * (trained + held.experts),
         optimizer=0.0 if settings.cpu_offload else of_optimizer * own,
-        optimizer_step=0.0 if settings.fused_adam or settings.cpu_offload else FP32 * own,
+        optimizer_step=own * ((of_optimizer if settings.cpu_offload else 0) + (0 if settings.fused_adam else FP32)),
+        own_parameters=own,
     )
 
 
@@ -137,30 +138,18 @@ def training_pass(shape: Shape, row: Row, num_rows: int, parallel: ParallelConfi
     """The rows that are under way at once, and the backward pass's own needs at its worst moment."""
     cost, pp = settings.cost, parallel.pipeline_model_parallel_size
     saved = saved_bytes(shape, row, parallel, cost)
-    layers = shape.num_layers // pp
+    layers = stage_layers(shape, parallel, stage)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     in_flight = _rows_in_flight(stage, pp, chunks, num_rows)
-    if cost.recompute is Recompute.full:
-        kept = in_flight * layers * saved.layer_input + saved.per_layer
-    elif cost.recompute is Recompute.selective:
-        kept = in_flight * layers * (saved.per_layer - core_attention(shape, row, parallel, cost))
-    else:
-        kept = in_flight * layers * saved.per_layer
+    kept = in_flight * layers * saved.per_layer
     is_first, is_last = stage == 0, stage == pp - 1
     whole = min(pp - stage, num_rows)  # rows whose first or last part is on this stage
-    kept += whole * saved.entry if is_first else whole * saved.layer_input
+    received = cost.value_bytes * row.tokens / parallel.context_parallel_size * shape.hidden_size
+    kept += whole * (saved.entry if is_first else received)
     kept += saved.head if is_last else 0.0
     logits = logits_workspace(shape, row, parallel, cost) if is_last else 0.0
-    workspace = max(logits, layer_workspace(shape, row, parallel, cost))
+    workspace = max(logits, saved.again + layer_workspace(shape, row, parallel, cost), saved.vision_again * is_first)
     return Pass(kept + workspace - logits, whole * saved.vision if is_first else 0.0, logits)
-
-
-def core_attention(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> float:
-    """What selective recompute saves of a layer: the attention's own output and statistics (queries and keys stay)."""
-    tokens = row.tokens / parallel.context_parallel_size
-    copies = 1 if cost.attention is Attention.cpu else 0  # FlexAttention's output is the next layer's input, which stays
-    width = copies * cost.value_bytes * shape.query_width + FP32 * shape.num_heads
-    return tokens * width / parallel.tensor_model_parallel_size
 
 
 def _rows_in_flight(stage: int, pp: int, chunks: int, num_rows: int) -> float:
@@ -171,8 +160,9 @@ def _rows_in_flight(stage: int, pp: int, chunks: int, num_rows: int) -> float:
     return min(warm_up, num_rows * chunks) / chunks
 
 
-def decoding(shape: Shape, workload: Workload, sequences: int, parallel: ParallelConfig, cost: Cost) -> Decoding:
+def decoding(shape: Shape, workload: Workload, sequences: int, parallel: ParallelConfig, cost: Cost, stage: int = 0) -> Decoding:
     """`MegatronEngine`'s caches for so many sequences decoded at once: prompts once, responses in a doubling buffer."""
+    layers = stage_layers(shape, parallel, stage)
     tp, b = parallel.tensor_model_parallel_size, FP32 if cost.attention is Attention.cpu else cost.value_bytes
     prompts = ceil(sequences / workload.rollouts)
     capacity = _FIRST_CAPACITY
@@ -187,7 +177,7 @@ def decoding(shape: Shape, workload: Workload, sequences: int, parallel: Paralle
     logits = 4 * FP32 * LOGITS_AT_A_TIME
     prefill = _prefill(shape, workload, parallel, cost)
     attending = scores + max(casts, own_layer / 2)
-    return Decoding(sequences, shape.num_layers * (prompt_layer + own_layer), max(logits, attending, prefill))
+    return Decoding(sequences, layers * (prompt_layer + own_layer), max(logits, attending, prefill))
 
 
 def _prefill(shape: Shape, workload: Workload, parallel: ParallelConfig, cost: Cost) -> float:
@@ -225,10 +215,17 @@ def stage_memory(
     """
     pp = parallel.pipeline_model_parallel_size
     prompts = prompts_per_rank(workload, parallel, world_size)
-    found = [
-        _rank_memory(policy, discriminator, workload, prompts, parallel, world_size, settings, overhead, capacity, stage)
-        for stage in range(pp)
-    ]
+
+    def ranks(work: Workload) -> list[Memory]:
+        return [
+            _rank_memory(policy, discriminator, work, prompts, parallel, world_size, settings, overhead, capacity, stage)
+            for stage in range(pp)
+        ]
+
+    found = ranks(workload)
+    together = [memory.decoding.sequences for memory in found if memory.decoding]
+    if together and min(together) < max(together):  # all stages decode the same sequences
+        found = ranks(replace(workload, max_batch_size=min(together)))
     return max(found, key=lambda memory: memory.total)
 
 
@@ -260,7 +257,7 @@ def _rank_memory(
     rollout = None
     if policy is not None and workload.samples:
         room = None if capacity is None else (capacity - overhead.fixed) / (1 + overhead.fragmentation) - resident
-        rollout = fitting_decoding(policy, workload, prompts, parallel, settings.cost, room)
+        rollout = fitting_decoding(policy, workload, prompts, parallel, settings.cost, room, stage)
         phases["rollout"] = rollout.total
     lost = overhead.fixed + overhead.fragmentation * (resident + max(phases.values()))
     return Memory(
@@ -276,12 +273,18 @@ def _rank_memory(
 
 
 def fitting_decoding(
-    shape: Shape, workload: Workload, prompts: int, parallel: ParallelConfig, cost: Cost, room: float | None
+    shape: Shape,
+    workload: Workload,
+    prompts: int,
+    parallel: ParallelConfig,
+    cost: Cost,
+    room: float | None,
+    stage: int = 0,
 ) -> Decoding:
     """The largest halving of `max_batch_size` that fits `room` bytes; one sequence where even that does not."""
     sequences = min(workload.max_batch_size, prompts * workload.rollouts)
     while True:
-        found = decoding(shape, workload, sequences, parallel, cost)
+        found = decoding(shape, workload, sequences, parallel, cost, stage)
         if room is None or sequences == 1 or found.total <= room:
             return found
         sequences = max(1, sequences // 2)

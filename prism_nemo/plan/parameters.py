@@ -48,10 +48,20 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
     return parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1)
 
 
+def stage_layers(shape: Shape, parallel: ParallelConfig, stage: int) -> int:
+    """Language layers of a pipeline stage; the first and the last may be set apart."""
+    last_stage = parallel.pipeline_model_parallel_size - 1
+    set_apart = {0: parallel.num_layers_in_first_pipeline_stage, last_stage: parallel.num_layers_in_last_pipeline_stage}
+    given = {number: layers for number, layers in set_apart.items() if layers is not None}
+    if stage in given:
+        return given[stage]
+    return (shape.num_layers - sum(given.values())) // (last_stage + 1 - len(given))
+
+
 def rank_parameters(shape: Shape, parallel: ParallelConfig, stage: int = 0) -> RankParameters:
     """What every rank of pipeline stage `stage` holds (all of them hold equally much)."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = shape.num_layers // pp
+    layers = stage_layers(shape, parallel, stage)
     language = layer_parameters(shape) * layers
     is_first, is_last = stage == 0, stage == pp - 1
     if is_first:

@@ -139,11 +139,30 @@ def as_yaml(job: Job, plan: Plan) -> str:
         lines.append(f"# Sampling needs rollout.max_batch_size={plan.memory.decoding.sequences}.")
     if plan.settings.cpu_offload:
         lines.append("# Needs optimizer.cpu_offload=true.")
-    lines += [f"{field.name}: {_yaml_value(getattr(plan.parallel, field.name))}" for field in fields(ParallelConfig)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + layout_yaml(plan)
+
+
+_ALWAYS_SAID = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+)
+
+
+def layout_yaml(plan: Plan) -> str:
+    """The layout's keys: the sizes, and whatever else is not as it is by default."""
+    default = ParallelConfig()
+    said = {field.name: getattr(plan.parallel, field.name) for field in fields(ParallelConfig)}
+    said = {name: value for name, value in said.items() if name in _ALWAYS_SAID or value != getattr(default, name)}
+    return "".join(f"{name}: {_yaml_value(value)}\n" for name, value in said.items())
 
 
 def _yaml_value(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml_value, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from math import gcd
 
 from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size
 from prism_nemo.config.layout import _sizes as model_sizes
-from prism_nemo.config.schema import OptimizerConfig, ParallelConfig
+from prism_nemo.config.schema import OptimizerConfig, ParallelConfig, RecomputeGranularity, RecomputeModule
 from prism_nemo.errors import LayoutError, PrismError
 from prism_nemo.plan.activations import Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, GPUS
@@ -19,8 +19,6 @@ from prism_nemo.plan.timing import Cluster, StepTime, step_time
 from prism_nemo.plan.workload import Workload
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
-RECOMPUTE_KEY = "recompute_granularity"
-CAN_RECOMPUTE = RECOMPUTE_KEY in {field.name for field in fields(ParallelConfig)}
 CAN_OFFLOAD = "cpu_offload" in {field.name for field in fields(OptimizerConfig)}
 
 
@@ -76,12 +74,6 @@ def evaluate(job: Job, parallel: ParallelConfig, settings: Settings) -> Plan:
     check_parallel(parallel, job.cluster.world_size)
     for shape in job.shapes:
         check_model(sizes_of(shape), parallel)
-    if job.workload.samples and parallel.pipeline_model_parallel_size > 1:
-        raise LayoutError(
-            "the megatron rollout engine needs whole models, and a pipeline cuts them",
-            where="parallel.pipeline_model_parallel_size",
-            remedy="use 1 in align and rlvr; tensor and expert parallelism are fine",
-        )
     capacity = job.cluster.gpu.memory_gib * GIB
     overhead = Overhead(ASSUMPTIONS.framework_gib * GIB, ASSUMPTIONS.fragmentation)
     memory = stage_memory(
@@ -123,28 +115,45 @@ def _evaluate_all(job: Job, settings: Settings) -> Iterator[Plan]:
 def candidates(job: Job) -> Iterator[tuple[ParallelConfig, Recompute]]:
     """Layouts worth a look: tensor parallelism within a machine, always with sequence parallelism and, where there are replicas,
     the distributed optimizer. Whether they are possible is for `evaluate`."""
-    world, stage = job.cluster.world_size, job.workload.stage
+    world = job.cluster.world_size
     experts = [shape.experts.count for shape in job.shapes if shape.experts is not None]
     tensor = [size for size in POWERS if size <= job.cluster.gpus_per_node]
-    pipeline = [1] if job.workload.samples else [size for size in POWERS[:5] if size <= world]
-    context = POWERS[:4] if stage == "sft" else (1,)  # rows with shared prompts are not cut along their tokens
+    pipeline = [size for size in POWERS[:5] if size <= world]
+    context = POWERS[:4]
     expert = [size for size in POWERS if size <= world and all(count % size == 0 for count in experts)] if experts else [1]
     chunks = (None, 2)
-    recompute = (Recompute.none, Recompute.full) if CAN_RECOMPUTE else (job.settings.cost.recompute,)
+    recompute = (Recompute.none, Recompute.mlp, Recompute.full)  # attention's own is little on a GPU
     for tp, pp, cp, ep, vpp, again in itertools.product(tensor, pipeline, context, expert, chunks, recompute):
         if world % (tp * pp * cp) or (vpp and pp == 1):
             continue
-        yield layout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp, replicas=world // (tp * pp), recompute=again), again
+        first = _first_stage(job, pp) if vpp is None else None
+        yield layout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp, first=first, replicas=world // (tp * pp), recompute=again), again
+
+
+def _first_stage(job: Job, pp: int) -> int | None:
+    """Layers of the first stage, which has the vision tower too, where they do not divide: what the others leave."""
+    layers = job.shapes[0].num_layers
+    left = layers - (pp - 1) * -(-layers // pp)
+    return left if layers % pp and left > 0 else None
 
 
 def layout(
-    *, tp: int, pp: int, cp: int, ep: int, vpp: int | None, replicas: int, recompute: Recompute = Recompute.none
+    *,
+    tp: int,
+    pp: int,
+    cp: int,
+    ep: int,
+    vpp: int | None,
+    first: int | None,
+    replicas: int,
+    recompute: Recompute = Recompute.none,
 ) -> ParallelConfig:
     """The configuration, with what goes with it."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        num_layers_in_first_pipeline_stage=first,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
         sequence_parallel=tp > 1,
@@ -154,13 +163,13 @@ def layout(
 
 
 def with_recompute(parallel: ParallelConfig, recompute: Recompute) -> ParallelConfig:
-    """Raises LayoutError when this release cannot recompute."""
-    if not CAN_RECOMPUTE:
-        if recompute is not Recompute.none:
-            raise LayoutError("this release keeps all activations", where="--layout: recompute", remedy="leave it out")
-        return parallel
-    changes = {RECOMPUTE_KEY: None if recompute is Recompute.none else recompute.value}
-    return replace(parallel, **changes)  # type: ignore[arg-type]
+    """The configuration's keys for it."""
+    if recompute is Recompute.none:
+        return replace(parallel, recompute_granularity=None)
+    if recompute is Recompute.full:
+        return replace(parallel, recompute_granularity=RecomputeGranularity.full)
+    modules = [RecomputeModule(name) for name in recompute.value.split("+")]
+    return replace(parallel, recompute_granularity=RecomputeGranularity.selective, recompute_modules=modules)
 
 
 def best(job: Job) -> list[Plan]:
@@ -267,6 +276,8 @@ def describe(plan: Plan) -> str:
         "tp": parallel.tensor_model_parallel_size,
         "pp": parallel.pipeline_model_parallel_size,
         "vpp": parallel.virtual_pipeline_model_parallel_size or 1,
+        "first": parallel.num_layers_in_first_pipeline_stage or 1,
+        "last": parallel.num_layers_in_last_pipeline_stage or 1,
         "cp": parallel.context_parallel_size,
         "ep": parallel.expert_model_parallel_size,
         "etp": parallel.expert_tensor_parallel_size or 1,

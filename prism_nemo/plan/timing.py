@@ -6,7 +6,7 @@ what they say to one another: no overlap is counted, the engine asks for none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from prism_nemo.config.layout import data_parallel_size
@@ -20,6 +20,7 @@ from prism_nemo.plan.parameters import (
     expert_tensor_size,
     layer_parameters,
     rank_parameters,
+    stage_layers,
     vision_parameters,
 )
 from prism_nemo.plan.shapes import Shape
@@ -109,26 +110,31 @@ def _update(shape: Shape, passes: Passes, parallel: ParallelConfig, cluster: Clu
         parallel.context_parallel_size,
     )
     recompute = settings.cost.recompute
-    times = 3 + (recompute is Recompute.full)
+    of_rest = 3 + (recompute is Recompute.full)
+    of_mlp = of_rest + recompute.covers_mlp
     peak, ranks = cluster.matmul_ops_s(settings), tp * pp * cp
-    dense = 2 * times * shape.num_layers * layer_parameters(shape).split * passes.tokens
+    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size if shape.experts is None else 0
+    per_token = of_rest * (layer_parameters(shape).split - mlp) + of_mlp * mlp
+    dense = 2 * shape.num_layers * per_token * passes.tokens
     head = 0 if shape.is_discriminator else 2 * _LOGITS_PASSES * shape.vocab_size * shape.hidden_size * passes.labels
     experts = 0.0
     if shape.experts is not None:
         routed = shape.experts.topk * expert_parameters(shape) * shape.num_layers * passes.tokens
-        experts = 2 * times * routed * A.expert_imbalance
+        experts = 2 * of_mlp * routed * A.expert_imbalance
     pairs = passes.num_groups * (passes.prefix**2 / 2 + passes.segments * passes.segment * (passes.prefix + passes.segment / 2))
-    attention = 4 * shape.query_width * shape.num_layers * pairs * (3.5 + (recompute is not Recompute.none))
+    attention = 4 * shape.query_width * shape.num_layers * pairs * (3.5 + (recompute is Recompute.full or recompute.covers_core))
     language = dense / A.matmul_share + experts / A.expert_matmul_share + attention / A.attention_share + head / A.matmul_share
-    seconds = language / peak / ranks
-    saved = saved_bytes(shape, passes.row, parallel, settings.cost)
-    local_layers = shape.num_layers / pp
+    local_layers = max(stage_layers(shape, parallel, stage) for stage in range(pp))
+    seconds = language / peak / ranks * (local_layers * pp / shape.num_layers)
+    everything = replace(settings.cost, recompute=Recompute.none)
+    saved = saved_bytes(shape, passes.row, parallel, everything)
     seconds += passes.num_rows * local_layers * saved.per_layer * A.elementwise_passes / cluster.memory_bytes_s
-    kernels = A.layer_kernels + _local_experts(shape, parallel) * A.expert_kernels
-    seconds = max(seconds, passes.num_rows * local_layers * kernels * times * A.launch_us * MICRO)
+    kernels = of_rest * A.layer_kernels + of_mlp * _local_experts(shape, parallel) * A.expert_kernels
+    seconds = max(seconds, passes.num_rows * local_layers * kernels * A.launch_us * MICRO)
     seconds += _vision(shape, passes, settings) / peak / tp / A.vision_share
     idle = (pp - 1) / (passes.num_rows * (parallel.virtual_pipeline_model_parallel_size or 1))
-    said = passes.num_rows * _talk(shape, passes.row.tokens, parallel, cluster, settings, rounds=times - 1)
+    rounds = (of_rest + of_mlp) / 2 - 1  # half of a layer's talk is its MLP's
+    said = passes.num_rows * _talk(shape, passes.row.tokens, parallel, cluster, settings, rounds=rounds)
     return seconds * (1 + idle), said
 
 
@@ -140,7 +146,7 @@ def _vision(shape: Shape, passes: Passes, settings: Settings) -> float:
     return passes.num_groups * products * (3 if settings.cost.vision_is_trained else 1)
 
 
-def _talk(shape: Shape, tokens: float, parallel: ParallelConfig, cluster: Cluster, settings: Settings, *, rounds: int) -> float:
+def _talk(shape: Shape, tokens: float, parallel: ParallelConfig, cluster: Cluster, settings: Settings, *, rounds: float) -> float:
     """Seconds of collectives for one row: `rounds` passes through all layers of a stage (forward and backward: 2)."""
     tp, cp, ep = parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.expert_model_parallel_size
     b, layers = settings.cost.value_bytes, shape.num_layers / parallel.pipeline_model_parallel_size
@@ -174,10 +180,10 @@ def _reduce_gradients(shape: Shape, parallel: ParallelConfig, cluster: Cluster, 
 
 
 def _optimizer(state: ModelState, cluster: Cluster, settings: Settings) -> float:
-    if settings.cpu_offload:
-        return (state.gradients + state.weights) / (A.host_gb_s * GIGA)
-    of_parameter = (2 if settings.cost.is_fp32 else 3) * FP32
-    return state.optimizer / of_parameter * A.optimizer_bytes / cluster.memory_bytes_s
+    seconds = state.own_parameters * A.optimizer_bytes / cluster.memory_bytes_s
+    if settings.cpu_offload:  # its state comes and goes
+        seconds += 2 * 3 * FP32 * state.own_parameters / (A.host_gb_s * GIGA)
+    return seconds
 
 
 def _rollout(
@@ -201,13 +207,14 @@ def _rollout(
     if shape.experts is not None and held.experts:
         choices = at_once * shape.experts.topk * data_parallel_size(parallel, cluster.world_size)
         share = 1 - (1 - 1 / shape.experts.count) ** choices  # of the experts that some token chose
-        read += b * held.experts * share
+        read += b * held.experts * parallel.pipeline_model_parallel_size * share
     cached = ceil(at_once / workload.rollouts) * workload.prompt_tokens + at_once * workload.response_tokens / 2
     copies = 1 if settings.cost.is_fp32 or settings.cost.attention is Attention.cpu else 1 + 2 * FP32 / b
     read += cached * 2 * shape.key_width / tp * b * shape.num_layers * copies
     launch = shape.num_layers * (A.layer_kernels + local_experts * A.expert_kernels) * A.launch_us * MICRO
     step = max(read / cluster.memory_bytes_s + products * at_once / peak, launch)
-    said = _talk(shape, at_once, parallel, cluster, settings, rounds=1)
+    # one stage works at a time: every token waits for all layers
+    said = _talk(shape, at_once, parallel, cluster, settings, rounds=parallel.pipeline_model_parallel_size)
     steps = waves * workload.response_tokens
     return prefill + steps * (step + said), steps * said
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench" / "plan_memory.py"
-CASES = ["dense, shared prompt", "experts", "images", "discriminator"]
+CASES = ["dense, shared prompt", "experts", "images", "discriminator", "images, full recompute"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from Linux's /proc")
@@ -24,7 +24,7 @@ def test_within_15_percent_of_what_a_step_really_takes(case: str) -> None:
     command = [sys.executable, str(BENCH), "--case", case]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     found = json.loads(done.stdout)
-    assert found["training_measured_mib"] > 500
+    assert found["training_measured_mib"] > 450
     assert abs(found["state_error"]) < 0.15, found
     assert abs(found["training_error"]) < 0.15, found
     # what the passes add over the resident state is the harder part: state alone may hide it

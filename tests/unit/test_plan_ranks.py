@@ -25,10 +25,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "tp2, discriminator": ({"tensor_model_parallel_size": 2}, True, True, True),
     "dp2": ({}, False, True, False),
 }
-PIPELINES: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
+COUNTED: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "pp2": ({"pipeline_model_parallel_size": 2}, False, False, False),
     "pp2, tied": ({"pipeline_model_parallel_size": 2}, False, True, False),
     "pp2, experts": ({"pipeline_model_parallel_size": 2}, True, False, False),
+    "pp2, first stage smaller": (
+        {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
+        False,
+        False,
+        False,
+    ),
+    "pp2, last stage smaller": ({"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1}, True, True, False),
+    "cp2, experts": ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, True, False, False),
     "pp2, discriminator": ({"pipeline_model_parallel_size": 2}, True, True, True),
 }
 
@@ -64,7 +72,7 @@ def held_and_kept(configs: dict[tuple[bool, bool], dict[str, Any]]) -> dict[str,
 
     found = {}
     with session(ParallelConfig(), RuntimeConfig(device=Device.cpu)):
-        for name, (sizes, experts, tied, discriminator) in {**LAYOUTS, **PIPELINES}.items():
+        for name, (sizes, experts, tied, discriminator) in {**LAYOUTS, **COUNTED}.items():
             layout = ParallelConfig(**sizes)
             with session(layout, RuntimeConfig(device=Device.cpu)):
                 module = build(layout, configs[experts, tied], discriminator=discriminator)
@@ -117,9 +125,9 @@ def ranks() -> list[dict[str, dict[str, float]]]:
     return run_ranks(held_and_kept, 2, configs)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *PIPELINES])
+@pytest.mark.parametrize("name", [*LAYOUTS, *COUNTED])
 def test_ranks_hold_exactly_as_many_parameters(name: str, ranks: list[dict[str, dict[str, float]]]) -> None:
-    sizes, experts, tied, discriminator = {**LAYOUTS, **PIPELINES}[name]
+    sizes, experts, tied, discriminator = {**LAYOUTS, **COUNTED}[name]
     layout = ParallelConfig(**sizes)
     shape = replace(shape_of(config_of(experts, tied), name), is_discriminator=discriminator)
     for rank, found in enumerate(ranks):

@@ -11,7 +11,7 @@ from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.errors import LayoutError
 from prism_nemo.packing.groups import Group, Segment, text_prompt
 from prism_nemo.packing.rows import pack_rows
-from prism_nemo.plan.activations import Cost, Recompute, Row, saved_bytes
+from prism_nemo.plan.activations import Cost, Recompute, Row, Saved, saved_bytes
 from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, read_gpu
 from prism_nemo.plan.memory import Decoding, Overhead, Settings, decoding, model_state, stage_memory, training_pass
 from prism_nemo.plan.shapes import Shape, read_shape
@@ -68,7 +68,8 @@ def test_state_of_a_model_in_bf16_and_fp32() -> None:
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
     frozen = model_state(shape(), ParallelConfig(), 1, Settings(Cost(vision_is_trained=False)))
     assert frozen.gradients == 4 * (parameters - 406_957_056)
-    assert model_state(shape(), ParallelConfig(), 1, Settings(cpu_offload=True)).optimizer == 0
+    away = model_state(shape(), ParallelConfig(), 1, Settings(cpu_offload=True))
+    assert (away.optimizer, away.optimizer_step) == (0, alone.optimizer + alone.optimizer_step)  # on the GPU while it steps
 
 
 def test_experts_are_spread_over_their_own_replicas() -> None:
@@ -79,15 +80,23 @@ def test_experts_are_spread_over_their_own_replicas() -> None:
     assert model_state(moe, layout, 8, Settings()).optimizer == 12 * (dense / 8 + experts / 4 / 2)
 
 
-def test_recompute_keeps_layer_inputs_and_one_layer() -> None:
-    row = Row(tokens=4096, visual_tokens=0, labels=0)
-    saved = saved_bytes(shape(), row, ParallelConfig(), Cost())
-    assert saved.layer_input == 2 * 4096 * 2048
-    full = training_pass(shape(), row, 1, ParallelConfig(), Settings(Cost(recompute=Recompute.full)))
-    none = training_pass(shape(), row, 1, ParallelConfig(), Settings())
-    assert none.activations - full.activations == pytest.approx(27 * saved.per_layer - 28 * saved.layer_input)
-    selective = training_pass(shape(), row, 1, ParallelConfig(), Settings(Cost(recompute=Recompute.selective)))
-    assert full.activations < selective.activations < none.activations
+def test_what_recompute_keeps() -> None:
+    """Of a layer in bf16: its input; what its MLP starts from; everything but attention's statistics, one number a head."""
+    row = Row(tokens=4096, visual_tokens=1024, labels=0)
+
+    def saved(recompute: Recompute) -> Saved:
+        return saved_bytes(shape(), row, ParallelConfig(), Cost(recompute=recompute))
+
+    none, core, mlp, both, full = (saved(Recompute(name)) for name in ("none", "core_attn", "mlp", "core_attn+mlp", "full"))
+    norm_and_mlp = 4096 * (8 * 2048 + 4 + 2 * 5 * 6144)
+    assert full.per_layer == 2 * 4096 * 2048
+    assert full.again == none.per_layer and none.again == 0
+    assert none.per_layer - core.per_layer == 4096 * 4 * 16
+    assert none.per_layer - mlp.per_layer == norm_and_mlp - 2 * 4096 * 2048
+    assert mlp.again == norm_and_mlp
+    assert none.per_layer - both.per_layer == (none.per_layer - core.per_layer) + (none.per_layer - mlp.per_layer)
+    assert none.vision > mlp.vision > full.vision > 24 * 4096 * 2 * 1024
+    assert (none.head, none.entry) == (full.head, full.entry)
 
 
 def test_a_pipelines_first_stage_keeps_most_rows() -> None:

@@ -49,6 +49,7 @@ class Case:
     images: int = 0  # a prompt
     image_side: int = 16  # merged tokens a side
     freeze_vision: bool = False
+    recompute: str = "none"
     prompt: int = 128  # tokens of text beside the images
     segments: int = 1
     segment: int = 896
@@ -68,6 +69,13 @@ CASES = {
     "images": Case(images=2, image_side=20, vision_depth=6, vision_hidden=256, vision_ffn=1024, prompt=64, segment=256, layers=4),
     "images, frozen tower": Case(
         images=2, image_side=20, vision_depth=6, vision_hidden=256, vision_ffn=1024, freeze_vision=True, prompt=64, layers=4
+    ),
+    "dense, full recompute": Case(recompute="full", layers=12, segment=1920),
+    "dense, recompute of the MLP": Case(recompute="mlp", layers=8, segment=1408),
+    "experts, recompute of the MLP": Case(experts=8, ffn=384, layers=6, recompute="mlp", segment=1408),
+    "dense, recompute of attention": Case(recompute="core_attn"),
+    "images, full recompute": Case(
+        images=2, image_side=20, vision_depth=8, vision_hidden=256, vision_ffn=1024, prompt=64, segment=256, recompute="full"
     ),
     "discriminator": Case(experts=4, layers=4, ffn=1024, discriminator=True, segments=6, segment=160),
 }
@@ -116,7 +124,7 @@ def hf_config(case: Case) -> dict[str, Any]:
 def predict(case: Case) -> dict[str, float]:
     """Bytes: between steps, while training, while the optimizer steps."""
     from prism_nemo.config.schema import ParallelConfig
-    from prism_nemo.plan.activations import Attention, Cost, Row
+    from prism_nemo.plan.activations import Attention, Cost, Recompute, Row
     from prism_nemo.plan.memory import Settings, model_state, training_pass
     from prism_nemo.plan.shapes import shape_of
 
@@ -131,6 +139,7 @@ def predict(case: Case) -> dict[str, float]:
             value_bytes=2 if case.precision == "bf16" else 4,
             attention=Attention.cpu,
             vision_is_trained=not case.freeze_vision,
+            recompute=Recompute(case.recompute),
         )
     )
     state = model_state(shape, ParallelConfig(), 1, settings)
@@ -200,15 +209,18 @@ def build_model(case: Case, directory: Path, runtime: Any) -> Any:
     from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision
     from prism_nemo.models.discriminator import DiscriminatorModel
     from prism_nemo.models.policy import PolicyModel
+    from prism_nemo.plan.activations import Recompute
+    from prism_nemo.plan.search import with_recompute
 
+    layout = with_recompute(ParallelConfig(), Recompute(case.recompute))
     precision = Precision[case.precision]
     if case.discriminator:
         options = DiscriminatorConfig(
             path=str(directory), precision=precision, num_experts=case.experts, freeze_vision_model=case.freeze_vision
         )
-        return DiscriminatorModel(options, ParallelConfig(), runtime, seed=0)
+        return DiscriminatorModel(options, layout, runtime, seed=0)
     config = ModelConfig(path=str(directory), precision=precision, freeze_vision_model=case.freeze_vision)
-    return PolicyModel(config, ParallelConfig(), runtime)
+    return PolicyModel(config, layout, runtime)
 
 
 def make_row(case: Case, seed: int) -> Any:
