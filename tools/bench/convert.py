@@ -3,7 +3,8 @@
     python tools/bench/convert.py [--directory DIR] [--repeats 3] [--layers 28] [--shard-bytes 1000000000]
 
 Every step is a process of its own, started through the command line, and its time is the whole process's. Memory is the largest
-resident set (`ru_maxrss`) above that of a process that imports torch and ends. Needs three times the model's size on the disk of
+resident set (`ru_maxrss`) above that of a process that imports torch and ends. (A child's count begins with its parent's, so that
+this process itself imports nothing large: it writes and compares in processes of their own too.) Needs three times the model's size on the disk of
 DIR (4.3 GB in bfloat16); the copies are removed. Nothing is dropped from the page cache: all of them read what is there.
 """
 
@@ -22,12 +23,6 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from prism_nemo.convert.hf_reader import HFReader
-from prism_nemo.convert.pieces import byte_chunks, memory_of
-from prism_nemo.convert.qwen3_vl import hf_shapes
 
 NOISE_BYTES = 1 << 26
 
@@ -67,6 +62,11 @@ def config_of(layers: int) -> dict[str, Any]:
 
 def write_model(directory: Path, layers: int, shard_bytes: int) -> int:
     """A HuggingFace directory of random bfloat16 weights in several files; returns its bytes."""
+    import torch
+
+    from prism_nemo.convert.pieces import memory_of
+    from prism_nemo.convert.qwen3_vl import hf_shapes
+
     directory.mkdir()
     config = config_of(layers)
     (directory / "config.json").write_text(json.dumps(config))
@@ -117,6 +117,9 @@ def measured(command: list[str]) -> dict[str, float]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
+    from prism_nemo.convert.hf_reader import HFReader
+    from prism_nemo.convert.pieces import byte_chunks
+
     with HFReader(one) as first, HFReader(other) as second:
         if first.names != second.names:
             return False
@@ -138,7 +141,9 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def run(directory: Path, repeats: int, layers: int, shard_bytes: int) -> dict[str, Any]:
     model, copy, checkpoint, exported = (directory / name for name in ("model", "copy", "checkpoint", "exported"))
-    size = write_model(model, layers, shard_bytes)
+    script = [sys.executable, __file__]
+    subprocess.run([*script, "--write", str(model), "--layers", str(layers), "--shard-bytes", str(shard_bytes)], check=True)
+    size = sum(file.stat().st_size for file in model.iterdir())
     os.sync()
     prism = [sys.executable, "-m", "prism_nemo", "convert"]
     steps: dict[str, tuple[list[str], Callable[[], None]]] = {
@@ -155,7 +160,7 @@ def run(directory: Path, repeats: int, layers: int, shard_bytes: int) -> dict[st
             figures[name] = measured(command)
             tidy()
             os.sync()  # what one step left to write is not the next one's
-        equal = equal and same_weights(model, exported)
+        equal = equal and subprocess.run([*script, "--compare", str(model), str(exported)], check=False).returncode == 0
         shutil.rmtree(checkpoint)
         shutil.rmtree(exported)
         rounds.append(figures)
@@ -180,7 +185,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--compare", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.write is not None:
+        write_model(options.write, options.layers, options.shard_bytes)
+        return
+    if options.compare is not None:
+        sys.exit(0 if same_weights(*options.compare) else 1)
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=options.directory) as folder:
         print(json.dumps(run(Path(folder), options.repeats, options.layers, options.shard_bytes), indent=1))
 
