@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import gcd
 
 from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size
 from prism_nemo.config.layout import _sizes as model_sizes
-from prism_nemo.config.schema import OptimizerConfig, ParallelConfig, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
 from prism_nemo.errors import LayoutError, PrismError
 from prism_nemo.plan.activations import Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, GPUS
@@ -19,7 +19,6 @@ from prism_nemo.plan.timing import Cluster, StepTime, step_time
 from prism_nemo.plan.workload import Workload
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
-CAN_OFFLOAD = "cpu_offload" in {field.name for field in fields(OptimizerConfig)}
 
 
 class PlanError(PrismError):
@@ -74,6 +73,8 @@ def evaluate(job: Job, parallel: ParallelConfig, settings: Settings) -> Plan:
     check_parallel(parallel, job.cluster.world_size)
     for shape in job.shapes:
         check_model(sizes_of(shape), parallel)
+    if settings.cpu_offload and settings.cost.is_fp32:
+        raise LayoutError("only a bf16 model's optimizer can be offloaded", where="--layout: offload", remedy="--precision bf16")
     capacity = job.cluster.gpu.memory_gib * GIB
     overhead = Overhead(ASSUMPTIONS.framework_gib * GIB, ASSUMPTIONS.fragmentation)
     memory = stage_memory(
@@ -96,7 +97,7 @@ def search(job: Job) -> list[Plan]:
     The optimizer is offloaded only where nothing fits otherwise. Raises LayoutError when none is possible at all.
     """
     plans = list(_evaluate_all(job, job.settings))
-    if CAN_OFFLOAD and not any(plan.fits for plan in plans):
+    if not job.settings.cost.is_fp32 and not any(plan.fits for plan in plans):
         plans += _evaluate_all(job, replace(job.settings, cpu_offload=True))
     if not plans:
         raise _impossible(job)

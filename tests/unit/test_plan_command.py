@@ -186,6 +186,7 @@ NO_LAYOUT = "no layout of 1 model(s) divides over 7 GPUs with a global batch of 
         (["--model", "8B", "--stage", "sft", "--layout", "tp=x"], "`tp=x` is not part of a layout"),
         (["--model", "8B", "--stage", "sft", "--layout", "tp=3", "--gpus-per-node", "6"], NO_HEADS),
         (["--model", "8B", "--stage", "sft", "--layout", "tp=16"], "8 ranks cannot hold models of 16 ranks"),
+        (["--model", "2B", "--stage", "sft", "--layout", "offload", "--precision", "fp32"], "only a bf16 model's optimizer"),
         (["--model", "8B", "--stage", "sft", "--nodes", "0"], "argument --nodes: 0 is not a positive number"),
         (["--model", "8B", "--stage", "sft", "--row-tokens", "4096"], "a row of 4096 tokens does not hold a prompt of 2048"),
         (["--model", "8B", "--stage", "sft", "--image-tokens", "3000"], "a prompt of 2048 tokens cannot have 3000 visual ones"),
