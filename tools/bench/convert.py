@@ -4,8 +4,9 @@
 
 Every step is a process of its own, started through the command line, and its time is the whole process's. Memory is the largest
 resident set (`ru_maxrss`) above that of a process that imports torch and ends. (A child's count begins with its parent's, so that
-this process itself imports nothing large: it writes and compares in processes of their own too.) Needs three times the model's size on the disk of
-DIR (4.3 GB in bfloat16); the copies are removed. Nothing is dropped from the page cache: all of them read what is there.
+this process itself imports nothing large: it writes and compares in processes of their own too.) Needs three times the model's
+size on the disk of DIR (4.3 GB in bfloat16); the copies are removed. Nothing is dropped from the page cache: all read what
+is there.
 """
 
 from __future__ import annotations
