@@ -22,17 +22,25 @@ import yaml
 import prism_nemo
 from prism_nemo.errors import ConfigError, PrismError
 
+LAYOUT_KEYS = (  # but not use_distributed_optimizer, which stores its state in another form
+    "as_policy",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "recompute_granularity",
+    "recompute_modules",
+    "sequence_parallel",
+)
 # Keys that may change when a run is resumed: how far it goes, how often it reports, on how many ranks it runs. All others make
 # another run of it.
 MAY_DIFFER = (
     "experiment",
-    "parallel.tensor_model_parallel_size",
-    "parallel.pipeline_model_parallel_size",
-    "parallel.virtual_pipeline_model_parallel_size",
-    "parallel.context_parallel_size",
-    "parallel.expert_model_parallel_size",
-    "parallel.expert_tensor_parallel_size",
-    "parallel.sequence_parallel",  # but not use_distributed_optimizer, which stores its state in another form
+    *(f"{section}.{key}" for section in ("parallel", "discriminator_parallel") for key in LAYOUT_KEYS),
     "runtime.device",
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",

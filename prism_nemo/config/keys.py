@@ -138,7 +138,7 @@ def accepts(annotation: Any, value: Any) -> bool:
 
 def _walk(schema: type, name: str) -> Iterable[Section]:
     hints = get_type_hints(schema)
-    comments = _comments().get(schema.__name__, {})
+    comments = {key: text for base in reversed(schema.__mro__) for key, text in _comments().get(base.__name__, {}).items()}
     own: list[Key] = []
     below: list[Section] = []
     for field in fields(schema):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism_nemo.config.schema import ParallelConfig
+from prism_nemo.config.schema import AlignConfig, DiscriminatorParallelConfig, ParallelConfig
 from prism_nemo.errors import ConfigError, LayoutError
 from prism_nemo.run_directory import resolve_model_directory
 
@@ -15,6 +15,8 @@ MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
+FIRST_STAGE = "parallel.num_layers_in_first_pipeline_stage"
+LAST_STAGE = "parallel.num_layers_in_last_pipeline_stage"
 CP = "parallel.context_parallel_size"
 EP = "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"
@@ -38,7 +40,6 @@ class ModelSizes:
     moe_ffn_hidden_size: int | None
     vision_heads: int
     vision_ffn_hidden_size: int
-    num_deepstack: int  # vision features that are added to the first so many language layers
 
 
 def read_model_sizes(path: Path, *, key: str) -> ModelSizes:
@@ -70,7 +71,7 @@ def read_model_sizes(path: Path, *, key: str) -> ModelSizes:
             f"{key} is a {model_type!r} model", where=str(file), remedy=f"use a Qwen3-VL ({' or '.join(MODEL_TYPES)})"
         )
     try:
-        return _sizes(config, str(file))
+        return model_sizes(config, str(file))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"the model's configuration lacks {error}", where=str(file), remedy="copy the model again") from error
 
@@ -88,6 +89,11 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None) -> None:
         )
     if vpp is not None and pp == 1:
         raise LayoutError("virtual pipeline stages need a pipeline", where=VPP, remedy=f"set it to null, or {PP} to 2 or more")
+    set_apart = (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
+    if pp == 1 and set_apart != (None, None):
+        raise LayoutError(
+            "layers of pipeline stages need a pipeline", where=f"{FIRST_STAGE}, {LAST_STAGE}", remedy=f"set {PP} to 2 or more"
+        )
     if ep == 1 and etp not in (None, tp):
         raise LayoutError(
             f"experts that are not distributed are cut like everything else, over {tp} ranks, not over {etp}",
@@ -112,6 +118,20 @@ def check_parallel(parallel: ParallelConfig, world_size: int | None) -> None:
             where=f"{EP}, {ETP}",
             remedy=f"start a multiple of {expert_ranks} ranks, or use an expert-parallel size that divides {world_size // pp}",
         )
+
+
+def discriminator_layout(config: AlignConfig) -> ParallelConfig:
+    """How the alignment game's discriminator is cut. Raises ConfigError for a layout that is given and not asked for."""
+    own = config.discriminator_parallel
+    if not own.as_policy:
+        return own
+    if own != DiscriminatorParallelConfig():
+        raise ConfigError(
+            "the discriminator is cut as the policy is, and a layout of its own is given",
+            where="discriminator_parallel",
+            remedy="set discriminator_parallel.as_policy=false, or leave its other keys out",
+        )
+    return config.parallel
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -149,24 +169,28 @@ def check_model(sizes: ModelSizes, parallel: ParallelConfig) -> None:
 
 
 def _check_pipeline(sizes: ModelSizes, parallel: ParallelConfig) -> None:
+    """Every chunk of layers must hold as many as Megatron deals out, and at least one."""
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     if pp == 1:
         return
-    chunks = pp * vpp
     where = f"{PP if vpp == 1 else VPP}, {sizes.where}"
-    if sizes.num_layers % chunks:
+    given = [parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage]
+    set_apart = [layers for layers in given if layers is not None]
+    left, stages = sizes.num_layers - sum(set_apart), pp - len(set_apart)
+    if left < 0 or (stages == 0 and left) or (stages and left % stages):
+        apart = f", {' and '.join(map(str, set_apart))} of them set apart," if set_apart else ""
         raise LayoutError(
-            f"{sizes.num_layers} layers do not divide into {chunks} pipeline chunks (pipeline {pp} x virtual {vpp})",
-            where=where,
-            remedy=f"use sizes whose product divides {sizes.num_layers}",
+            f"{sizes.num_layers} layers{apart} do not divide over {pp} pipeline stages",
+            where=where if not set_apart else f"{FIRST_STAGE}, {LAST_STAGE}, {where}",
+            remedy=f"use a size that divides {sizes.num_layers}, or other numbers in {FIRST_STAGE} and {LAST_STAGE}",
         )
-    first = sizes.num_layers // chunks
-    if first < sizes.num_deepstack:
-        raise LayoutError(
-            f"the first pipeline chunk has {first} language layers, and vision features go into the first {sizes.num_deepstack}",
-            where=where,
-            remedy=f"use at most {sizes.num_layers // max(sizes.num_deepstack, 1)} chunks, so that the first holds them all",
-        )
+    for layers in {*set_apart, *([left // stages] if stages else [])}:
+        if layers == 0 or layers % vpp:
+            raise LayoutError(
+                f"{layers} layers of a pipeline stage do not divide into {vpp} virtual stages",
+                where=where,
+                remedy=f"use a divisor of {layers} for {VPP}, or fewer stages",
+            )
 
 
 def _require_division(size: int, by: int, what: str, key: str, model: str) -> None:
@@ -175,7 +199,8 @@ def _require_division(size: int, by: int, what: str, key: str, model: str) -> No
         raise LayoutError(what, where=f"{key}, {model}", remedy=f"use a divisor of {size}, such as {smaller[-1]}")
 
 
-def _sizes(config: dict[str, Any], where: str) -> ModelSizes:
+def model_sizes(config: dict[str, Any], where: str) -> ModelSizes:
+    """The sizes of a parsed `config.json`; `where` names it in errors. Raises KeyError for what it lacks."""
     text, vision = config["text_config"], config["vision_config"]
     has_experts = config["model_type"] == "qwen3_vl_moe"
     num_experts = text.get("num_experts") or text.get("num_local_experts")  # transformers 5 saves the second name
@@ -192,5 +217,4 @@ def _sizes(config: dict[str, Any], where: str) -> ModelSizes:
         moe_ffn_hidden_size=text["moe_intermediate_size"] if has_experts else None,
         vision_heads=vision["num_heads"],
         vision_ffn_hidden_size=vision["intermediate_size"],
-        num_deepstack=len(vision["deepstack_visual_indexes"]),
     )

@@ -63,6 +63,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "context_parallel_size": COUNT,
         "expert_model_parallel_size": COUNT,
         "expert_tensor_parallel_size": COUNT,
+        "num_layers_in_first_pipeline_stage": COUNT,
+        "num_layers_in_last_pipeline_stage": COUNT,
     },
     RuntimeConfig: {"seed": COUNT_OR_NONE, "num_threads": COUNT, "distributed_timeout_minutes": COUNT},
     DiscriminatorConfig: {
@@ -135,7 +137,7 @@ RANGES: dict[type, dict[str, Range]] = {
 
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raises ConfigError for the first number of a configuration that lies outside its range."""
-    ranges = RANGES.get(type(config), {})
+    ranges = {name: limits for base in type(config).__mro__ for name, limits in RANGES.get(base, {}).items()}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         key = f"{prefix}{field.name}"

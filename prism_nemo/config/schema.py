@@ -57,6 +57,16 @@ class DecayStyle(StrEnum):
     cosine = "cosine"
 
 
+class RecomputeGranularity(StrEnum):
+    selective = "selective"  # recompute_modules of every layer
+    full = "full"  # every layer from its input
+
+
+class RecomputeModule(StrEnum):
+    core_attn = "core_attn"  # attention itself, without its projections
+    mlp = "mlp"  # the norm and the MLP, or the experts with router and dispatch
+
+
 class StageKind(StrEnum):
     sft = "sft"
     pairs = "pairs"
@@ -73,11 +83,22 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1  # ranks that share every layer; must divide the attention and the key/value heads
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
     virtual_pipeline_model_parallel_size: int | None = None  # layer chunks a pipeline rank, interleaved; null: one
+    num_layers_in_first_pipeline_stage: int | None = None  # null: as many as in the others
+    num_layers_in_last_pipeline_stage: int | None = None  # null: as many as in the others
     context_parallel_size: int = 1  # ranks that share every row's tokens
     expert_model_parallel_size: int = 1  # ranks that share the experts of an MoE layer
     expert_tensor_parallel_size: int | None = None  # null: the tensor-parallel size when experts are not distributed, otherwise 1
     sequence_parallel: bool = False  # norms and dropout on 1/TP of the tokens; needs tensor parallelism
     use_distributed_optimizer: bool = False  # optimizer state spread over the data-parallel ranks
+    recompute_granularity: RecomputeGranularity | None = None  # what backward computes again instead of keeping; null: nothing
+    recompute_modules: list[RecomputeModule] = field(default_factory=lambda: [RecomputeModule.core_attn])  # when selective
+
+
+@dataclass
+class DiscriminatorParallelConfig(ParallelConfig):
+    """The discriminator's own layout, over the same ranks as the policy's."""
+
+    as_policy: bool = True  # cut as the policy is; false: as the other keys of this section say
 
 
 @dataclass
@@ -134,6 +155,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-8  # added to the root of the second moment
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    cpu_offload: bool = False  # master weights and moments wait in the CPU's memory between steps; needs precision bf16
 
 
 @dataclass
@@ -275,6 +297,7 @@ class AlignConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    discriminator_parallel: DiscriminatorParallelConfig = field(default_factory=DiscriminatorParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

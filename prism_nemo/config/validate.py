@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.discriminator import check_warmed_up
 from prism_nemo.config.keys import did_you_mean
-from prism_nemo.config.layout import CP, EP, PP, ModelSizes, check_model, check_parallel, data_parallel_size, read_model_sizes
+from prism_nemo.config.layout import (
+    EP,
+    ModelSizes,
+    check_model,
+    check_parallel,
+    data_parallel_size,
+    discriminator_layout,
+    read_model_sizes,
+)
 from prism_nemo.config.ranges import check_ranges
 from prism_nemo.config.schema import (
     AlignConfig,
@@ -26,6 +35,7 @@ from prism_nemo.config.schema import (
     PipelineConfig,
     PipelineStage,
     PolicyLossConfig,
+    Precision,
     RLVRConfig,
     RolloutConfig,
     RolloutEngineKind,
@@ -76,7 +86,6 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_settings(config, world_size)
     _check_data_files(config)
     _check_models(config)
-    _unsupported_layouts(config.parallel)
 
 
 def _check_settings(config: StageConfig, world_size: int | None) -> None:
@@ -87,7 +96,12 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
     if config.experiment.nemo_exp_manager is not None:
         check_exp_manager(config.experiment.nemo_exp_manager)
     if isinstance(config, AlignConfig):
+        own = discriminator_layout(config)
+        if own is not config.parallel:
+            with _about_the_discriminator():
+                check_parallel(own, world_size)
         _check_optimizer(config.discriminator_optimizer, config.trainer, "discriminator_optimizer")
+        _check_offload(config.discriminator_optimizer, config.discriminator.precision, "discriminator_optimizer")
         _check_probe_gate(config)
     if isinstance(config, AlignConfig | WarmupConfig):
         _check_discriminator(config.discriminator)
@@ -102,6 +116,8 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_greedy(config.rollout)
     elif not isinstance(config, PairsConfig):
         _check_optimizer(config.optimizer, config.trainer, "optimizer")
+        model = config.discriminator if isinstance(config, WarmupConfig) else config.model
+        _check_offload(config.optimizer, model.precision, "optimizer")
         _check_trainer(config.trainer, config.data, config.parallel, world_size)
         _check_row_budget(config)
     if not isinstance(config, WarmupConfig) and config.model.freeze_vision_model and config.model.freeze_language_model:
@@ -109,6 +125,15 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
             "the whole policy is frozen",
             where="model.freeze_vision_model, model.freeze_language_model",
             remedy="set one of them to false",
+        )
+
+
+def _check_offload(optimizer: OptimizerConfig, precision: Precision, section: str) -> None:
+    if optimizer.cpu_offload and precision is not Precision.bf16:
+        raise ConfigError(
+            "the optimizer of an fp32 model works on the model's own weights, which cannot wait elsewhere",
+            where=f"{section}.cpu_offload",
+            remedy="set it to false, or the model's precision to bf16",
         )
 
 
@@ -296,9 +321,9 @@ def _check_data_files(config: StageConfig) -> None:
 
 def _check_models(config: StageConfig) -> None:
     """Reads every model's sizes and checks them against the layout."""
-    models: list[ModelSizes] = []
+    models: list[tuple[ModelSizes, ParallelConfig]] = []
     if not isinstance(config, WarmupConfig):
-        models.append(read_model_sizes(Path(config.model.path), key="model.path"))
+        models.append((read_model_sizes(Path(config.model.path), key="model.path"), config.parallel))
     if isinstance(config, WarmupConfig | AlignConfig):
         discriminator = config.discriminator
         if discriminator.path is None:
@@ -311,26 +336,36 @@ def _check_models(config: StageConfig) -> None:
             check_warmed_up(discriminator)
         if discriminator.num_experts > 1:
             sizes = dataclasses.replace(sizes, num_experts=discriminator.num_experts, moe_ffn_hidden_size=sizes.ffn_hidden_size)
-        models.append(sizes)
-    for sizes in models:
-        check_model(sizes, config.parallel)
-    if config.parallel.expert_model_parallel_size > 1 and all(sizes.num_experts is None for sizes in models):
-        raise LayoutError("the model has no experts to distribute", where=f"{EP}, {models[0].where}", remedy=f"set {EP} to 1")
+        own = isinstance(config, AlignConfig) and not config.discriminator_parallel.as_policy
+        if own:
+            assert isinstance(config, AlignConfig)
+            with _about_the_discriminator():
+                _check_fit([(sizes, config.discriminator_parallel)])
+        else:
+            models.append((sizes, config.parallel))
+    if models:
+        _check_fit(models)
 
 
-def _unsupported_layouts(parallel: ParallelConfig) -> None:
-    """Layouts that the models allow and the stages of this release do not run."""
-    for key, size in (
-        (PP, parallel.pipeline_model_parallel_size),
-        (CP, parallel.context_parallel_size),
-        (EP, parallel.expert_model_parallel_size),
-    ):
-        if size > 1:
-            raise LayoutError(
-                f"{key.partition('.')[2]} of {size} is not supported in this release",
-                where=key,
-                remedy="set it to 1 and use parallel.tensor_model_parallel_size and more data-parallel ranks",
-            )
+def _check_fit(models: list[tuple[ModelSizes, ParallelConfig]]) -> None:
+    """Models that are cut by one layout: each must divide, and experts are only distributed where there are some."""
+    for sizes, parallel in models:
+        check_model(sizes, parallel)
+    sizes, parallel = models[0]
+    if parallel.expert_model_parallel_size > 1 and all(sizes.num_experts is None for sizes, _ in models):
+        raise LayoutError("the model has no experts to distribute", where=f"{EP}, {sizes.where}", remedy=f"set {EP} to 1")
+
+
+@contextmanager
+def _about_the_discriminator() -> Iterator[None]:
+    """Layout errors name the discriminator's section of the configuration."""
+    try:
+        yield
+    except LayoutError as error:
+        named = [
+            None if text is None else text.replace("parallel.", "discriminator_parallel.") for text in (error.where, error.remedy)
+        ]
+        raise LayoutError(error.what, where=named[0], remedy=named[1]) from error
 
 
 def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
@@ -363,7 +398,6 @@ def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
             loaded = load_config(stage.stage, overrides)
             assert not isinstance(loaded, PipelineConfig)
             _check_settings(loaded, world_size)
-            _unsupported_layouts(loaded.parallel)
         except ConfigError as error:
             raise type(error)(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from error
         earlier[stage.name] = stage

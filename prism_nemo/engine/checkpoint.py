@@ -14,16 +14,20 @@ A model's folder is a checkpoint by itself: stages start from it, `convert expor
 from __future__ import annotations
 
 import json
+import pickle
 import queue
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -35,7 +39,7 @@ from prism_nemo.run_directory import LATEST, write_atomically
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-_WITH_OPTIMIZER = "optimizer"  # in Megatron's content metadata: whether the checkpoint holds an optimizer's state
+_OPTIMIZER_UPDATES = "optimizer_updates"  # in Megatron's content metadata; with 0 there is no optimizer's state
 
 
 class Checkpointed(Protocol):
@@ -46,6 +50,9 @@ class Checkpointed(Protocol):
 
     @property
     def optimizer(self) -> ModelOptimizer | None: ...
+
+    @property
+    def runtime(self) -> Runtime: ...
 
     def save_assets(self, directory: Path) -> None:
         """Writes config.json, tokenizer and processor."""
@@ -64,16 +71,31 @@ def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = _metadata()
     state = _sharded_state(model, metadata)
-    with_optimizer = optimizer is not None and optimizer.has_stepped
-    if optimizer is not None and with_optimizer:
-        state["optimizer"] = optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata)
+    updates = 0 if optimizer is None else optimizer.num_updates
+    if optimizer is not None and updates:
+        state["optimizer"] = _tensors_alone(optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata))
     _use_local_results_queue()
-    dist_checkpointing.save(state, str(directory), content_metadata={_WITH_OPTIMIZER: with_optimizer})
+    dist_checkpointing.save(state, str(directory), content_metadata={_OPTIMIZER_UPDATES: updates})
 
 
 def _sharded_state(model: Chunks, metadata: dict[str, Any]) -> dict[str, Any]:
     """Every chunk's weights. Keys on disk count layers through the whole model; the names of the chunks do not get there."""
     return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks_of(model))}
+
+
+def _tensors_alone(optimizer_state: Any) -> Any:
+    """The optimizer's state without what is not a cut tensor: parameter groups and counters.
+
+    How those are arranged depends on the layout (experts over several ranks have an optimizer of their own), and they hold
+    nothing that the configuration and the number of updates do not tell. Loading leaves them as they are.
+    """
+    return dict_list_map_outplace(
+        lambda leaf: leaf if isinstance(leaf, ShardedBase) else LocalNonpersistentObject(leaf), optimizer_state
+    )
+
+
+def _unwrapped(leaf: Any) -> Any:
+    return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
 
 def _use_local_results_queue() -> None:
@@ -95,10 +117,11 @@ def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     state = _sharded_state(model, metadata)
     try:
         content = dist_checkpointing.load_content_metadata(str(directory))
-        with_optimizer = optimizer is not None and content[_WITH_OPTIMIZER]
-        if optimizer is not None and with_optimizer:
-            optimizer.prepare_for_loading()
-            state["optimizer"] = optimizer.optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
+        updates = 0 if optimizer is None else (content or {}).get(_OPTIMIZER_UPDATES, 0)
+        if optimizer is not None and updates:
+            optimizer.prepare_for_loading(updates)
+            optimizer_state = optimizer.optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
+            state["optimizer"] = _tensors_alone(optimizer_state)
         loaded = dist_checkpointing.load(state, str(directory))
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise CheckpointError(
@@ -110,20 +133,11 @@ def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
         chunk.load_state_dict(loaded[f"model{index}"])
     if optimizer is None:
         return
-    if with_optimizer:
-        optimizer.optimizer.load_state_dict(loaded["optimizer"])
-        _own_steps(optimizer)
-        optimizer.has_stepped = True
+    if updates:
+        optimizer.optimizer.load_state_dict(dict_list_map_outplace(_unwrapped, loaded["optimizer"]))
+        optimizer.set_num_updates(updates)
     else:
         optimizer.start_anew()
-
-
-def _own_steps(optimizer: ModelOptimizer) -> None:
-    """Gives every parameter a step counter of its own: a shared one would advance once per parameter."""
-    for part in optimizer.optimizer.chained_optimizers:
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
 
 
 def _reason(error: BaseException) -> str:
@@ -167,6 +181,23 @@ def check_manifest(directory: Path) -> None:
             )
 
 
+def _at_hand(optimizer: ModelOptimizer | None) -> AbstractContextManager[None]:
+    """Brings the optimizer's state from where it may wait between steps."""
+    return nullcontext() if optimizer is None else optimizer.on_device()
+
+
+def _read_rng(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"the generators' state cannot be read ({error})",
+            where=str(file),
+            remedy="use an earlier checkpoint, or copy this one again",
+        ) from error
+    return state
+
+
 class CheckpointStore:
     """The `checkpoints` folder of a run."""
 
@@ -189,14 +220,15 @@ class CheckpointStore:
             staging.mkdir(parents=True)
         self.runtime.barrier()
         for name, model in models.items():
-            save_model(staging / name, model.chunks, model.optimizer)
+            with model.runtime.layout.active(), _at_hand(model.optimizer):
+                save_model(staging / name, model.chunks, model.optimizer)
         torch.save(rng_state(), staging / f"rng_{self.runtime.rank}.pt")
         self.runtime.barrier()
         if self.runtime.is_main:
             for name, model in models.items():
                 model.save_assets(staging / name / "hf")
                 seal(staging / name)
-            (staging / TRAINER).write_text(json.dumps({**trainer, "step": step, "world_size": self.runtime.world_size}))
+            (staging / TRAINER).write_text(json.dumps({**trainer, "step": step, "layout": self._layout}))
             if final.exists():
                 shutil.rmtree(final)
             staging.rename(final)
@@ -208,9 +240,9 @@ class CheckpointStore:
     def load(self, models: Mapping[str, Checkpointed]) -> dict[str, Any] | None:
         """Loads the newest checkpoint into the models and returns its trainer state; None when there is none. A collective.
 
-        Generators are restored when the number of ranks is the same; with another they are seeded from the step.
+        Generators are restored when the layout is the same; with another they are seeded from the step.
         """
-        directory = self.latest()
+        directory = self.runtime.broadcast_from_main(self.latest() if self.runtime.is_main else None)
         if directory is None:
             return None
         if not (directory / TRAINER).is_file():
@@ -220,13 +252,19 @@ class CheckpointStore:
                 remedy=f"write the name of a complete step folder into {self.folder / LATEST}",
             )
         for name, model in models.items():
-            load_model(directory / name, model.chunks, model.optimizer)
+            with model.runtime.layout.active(), _at_hand(model.optimizer):
+                load_model(directory / name, model.chunks, model.optimizer)
         trainer: dict[str, Any] = json.loads((directory / TRAINER).read_text())
-        if trainer["world_size"] == self.runtime.world_size:
-            set_rng_state(torch.load(directory / f"rng_{self.runtime.rank}.pt", weights_only=True))
+        if trainer["layout"] == self._layout:
+            set_rng_state(_read_rng(directory / f"rng_{self.runtime.rank}.pt"))
         else:
             seed_everything(trainer["step"])
         return trainer
+
+    @property
+    def _layout(self) -> list[int | None]:
+        """Ranks, and how they are cut."""
+        return [self.runtime.world_size, *self.runtime.layout.sizes]
 
     def _drop_oldest(self, newest: Path) -> None:
         """Keeps the last ones up to `newest`. Later steps are those of a line that somebody went back from: they go first."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,7 +73,7 @@ class ModelOptimizer:
         self.config = config
         self.max_steps = max_steps
         self.chunks = list(chunks_of(model))
-        self.has_stepped = False  # moments and step counters exist
+        self.num_updates = 0  # steps applied; with none there are no moments
         dtype = self.chunks[0].config.params_dtype
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -91,21 +92,33 @@ class ModelOptimizer:
             self.chunks,
         )
 
-    def prepare_for_loading(self) -> None:
-        """Empty moments and step counters where there are none: Megatron's distributed optimizer loads into what is there."""
+    def prepare_for_loading(self, updates: int) -> None:
+        """Empty moments where there are none, which Megatron loads into, and step counters, which checkpoints do not hold."""
         for part in self.optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)
             if isinstance(part, DistributedOptimizer):
-                part.init_state_fn(part.optimizer, part.config)
-                for state in part.optimizer.state.values():
-                    state.setdefault("step", torch.zeros(()))
                 part._set_main_param_and_optimizer_states = partial(_set_with_own_step, part)
+        self.set_num_updates(updates)
 
     def start_anew(self) -> None:
         """As if no step had been taken from the weights that the model has now."""
         for part in self.optimizer.chained_optimizers:
             part.optimizer.state.clear()
         self.optimizer.reload_model_params()
-        self.has_stepped = False
+        self.num_updates = 0
+
+    def set_num_updates(self, updates: int) -> None:
+        """Sets the step counters: torch's AdamW has a tensor for each parameter (a shared one would advance once per parameter),
+        fused ones a number for each group.
+        """
+        self.num_updates = updates
+        for part in self.optimizer.chained_optimizers:
+            if isinstance(part.optimizer, torch.optim.Optimizer) and not hasattr(part.optimizer, "multi_tensor_adam"):
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.tensor(float(updates))
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = updates
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -116,8 +129,26 @@ class ModelOptimizer:
         """Sums gradients over data-parallel ranks, and over tensor-parallel ones where a parameter is replicated."""
         finalize_model_grads(self.chunks)
 
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The state is where the model is; with `cpu_offload` it comes there for as long as this lasts."""
+        if not self.config.cpu_offload:
+            yield
+            return
+        for part in self.optimizer.chained_optimizers:
+            part.restore_from_cpu()
+        try:
+            yield
+        finally:
+            for part in self.optimizer.chained_optimizers:
+                part.offload_to_cpu()
+
     def step(self, step: int) -> StepResult:
         """Clips by the global norm and updates; with a non-finite norm it leaves everything as it is."""
+        with self.on_device():
+            return self._step(step)
+
+    def _step(self, step: int) -> StepResult:
         rate = learning_rate(step, self.config, self.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
@@ -133,5 +164,5 @@ class ModelOptimizer:
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
-        self.has_stepped = True
+        self.num_updates += 1
         return StepResult(True, norm, rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+from prism_nemo.engine import layouts
+from prism_nemo.engine.layouts import Layout
 from prism_nemo.errors import ConfigError, LayoutError
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process's place. Data-parallel ranks hold different samples; all other ranks hold parts of the same model."""
+    """This process's place in one layout. Data-parallel ranks hold different samples; all others hold parts of the same model."""
 
+    layout: Layout
     device: torch.device
     rank: int
     world_size: int
@@ -39,14 +43,14 @@ class Runtime:
         """Element-wise sum over data-parallel ranks (float64 recommended); the same on every rank."""
         if self.data_parallel_size > 1:
             values = values.to(self.device)
-            dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
+            dist.all_reduce(values, group=self._data_parallel_group(gloo=False))
         return values
 
     def max_over_data_parallel(self, value: int) -> int:
         if self.data_parallel_size == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._data_parallel_group(gloo=False))
         return int(tensor)
 
     def max_over_all(self, value: int) -> int:
@@ -62,7 +66,7 @@ class Runtime:
         if self.data_parallel_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.data_parallel_size
-        dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=False))
+        dist.all_gather_object(gathered, value, group=self._data_parallel_group(gloo=True))
         return gathered
 
     def gather_objects_over_all(self, value: Any) -> list[Any]:
@@ -73,16 +77,40 @@ class Runtime:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def exchange_objects(self, outgoing: list[Any]) -> list[Any]:
+        """`outgoing[r]` goes to rank r; what every rank sent here, in rank order."""
+        if self.world_size == 1:
+            return outgoing
+        parcels = [torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8) for item in outgoing]
+        sizes = torch.tensor([parcel.numel() for parcel in parcels], device=self.device)
+        arriving = torch.empty_like(sizes)
+        dist.all_to_all_single(arriving, sizes)
+        received = torch.empty(int(arriving.sum()), dtype=torch.uint8, device=self.device)
+        dist.all_to_all_single(received, torch.cat(parcels).to(self.device), arriving.tolist(), sizes.tolist())
+        return [pickle.loads(parcel.numpy().tobytes()) for parcel in received.cpu().split(arriving.tolist())]
+
     def broadcast_from_last_stage(self, value: Any) -> Any:
         """The last pipeline stage's value on every stage."""
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        with self.layout.active():
+            stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(
-            box,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
+        dist.broadcast_object_list(box, group_src=stages.size() - 1, group=stages)
+        return box[0]
+
+    def _data_parallel_group(self, *, gloo: bool) -> dist.ProcessGroup:
+        with self.layout.active():
+            if gloo:
+                return parallel_state.get_data_parallel_group_gloo(with_context_parallel=False)
+            return parallel_state.get_data_parallel_group(with_context_parallel=False)
+
+    def broadcast_from_main(self, value: Any) -> Any:
+        """The main rank's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
@@ -110,8 +138,8 @@ def resolve_device(device: Device) -> torch.device:
 def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
     """Joins the ranks (those of torchrun, or this process alone), cuts them into groups and seeds every generator.
 
-    Calling it again with the same layout only seeds anew; with another one it rebuilds the groups. Raises LayoutError when the
-    ranks do not divide.
+    Calling it again with the same layout only seeds anew; another one becomes the active one. Raises LayoutError when the ranks
+    do not divide.
     """
     device = resolve_device(config.device)
     if config.num_threads is not None:
@@ -126,12 +154,33 @@ def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
             where="parallel",
             remedy=f"start a multiple of {model_parallel} ranks (torchrun --nproc-per-node), or change the sizes",
         )
-    _build_groups(parallel)
+    layout = layouts.use(parallel)
     seed_everything(config.seed)
+    return _place(layout, parallel, device)
+
+
+def beside(runtime: Runtime, parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
+    """This process's place in another layout over the same ranks, for a model that is cut differently; `runtime` stays active.
+
+    The generators are seeded anew, unless it is the same layout. A collective.
+    """
+    if layouts.sizes_of(parallel) == runtime.layout.sizes:
+        return runtime
+    with runtime.layout.active():
+        layout = layouts.use(parallel)
+        seed_everything(config.seed)
+        other = _place(layout, parallel, runtime.device)
+    seed_everything(config.seed)
+    return other
+
+
+def _place(layout: Layout, parallel: ParallelConfig, device: torch.device) -> Runtime:
+    """Reads this process's place off the active layout."""
     return Runtime(
+        layout=layout,
         device=device,
         rank=dist.get_rank(),
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         row_multiple=parallel.tensor_model_parallel_size
@@ -145,36 +194,6 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-
-
-_current_layout: tuple[int | None, ...] | None = None
-
-
-def _build_groups(parallel: ParallelConfig) -> None:
-    global _current_layout
-    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    layout = (
-        tp,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-        ep,
-        parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1),
-    )
-    if parallel_state.model_parallel_is_initialized():
-        if layout == _current_layout:
-            return
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout[0],
-        pipeline_model_parallel_size=layout[1],
-        virtual_pipeline_model_parallel_size=layout[2],
-        context_parallel_size=layout[3],
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=layout[5],
-        create_gloo_process_groups=True,
-    )
-    _current_layout = layout
 
 
 def seed_everything(seed: int) -> None:
@@ -210,10 +229,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def shutdown() -> None:
     """Leaves the process groups; safe to call twice."""
-    global _current_layout
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    _current_layout = None
+    layouts.forget_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -109,3 +111,40 @@ def reduce_metrics(sums: MetricSums, runtime: Runtime) -> dict[str, float]:
     for rank_sums in runtime.gather_objects({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
         merged = merge(merged, rank_sums)
     return finalize(merged)
+
+
+def run_stages(chunks: Sequence[Any], run: Callable[[Any], Tensor], device: torch.device) -> Tensor | None:
+    """One forward pass through all pipeline stages, one chunk after the other; the last chunk's output on the last stage.
+
+    `run(chunk)` does a chunk's part; hidden states of any shape go from each to the next. Without gradients. A collective of the
+    pipeline's ranks.
+    """
+    size, rank = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_rank()
+    if size == 1:
+        return run(chunks[0])
+    output = None
+    for index, chunk in enumerate(chunks):
+        for stage in range(size):
+            if stage == rank:
+                if not (index == 0 and stage == 0):
+                    chunk.set_input_tensor(_receive(chunk.config.pipeline_dtype, device))
+                output = run(chunk)
+                if not (index == len(chunks) - 1 and stage == size - 1):
+                    _send(output)
+                    output = None
+    return output
+
+
+def _send(hidden: Tensor) -> None:
+    following = parallel_state.get_pipeline_model_parallel_next_rank()
+    dist.send(torch.tensor(hidden.shape, device=hidden.device), following)
+    dist.send(hidden.contiguous(), following)
+
+
+def _receive(dtype: torch.dtype, device: torch.device) -> Tensor:
+    previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+    shape = torch.empty(3, dtype=torch.int64, device=device)
+    dist.recv(shape, previous)
+    hidden = torch.empty(shape.tolist(), dtype=dtype, device=device)
+    dist.recv(hidden, previous)
+    return hidden

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,19 @@ from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.step import LossFunction, reduce_loss_and_metrics, run_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.rows import PackedRow
+
+Result = TypeVar("Result")
+
+
+def in_own_layout(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method of a model during which Megatron sees the process groups that this model is cut over."""
+
+    @wraps(method)
+    def within(self: Any, *args: Any, **kwargs: Any) -> Result:
+        with self.runtime.layout.active():
+            return method(self, *args, **kwargs)
+
+    return within
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +63,8 @@ class TrainableModel:
         self.assets = assets
         self.parallel = parallel
         self.runtime = runtime
-        self.ddp = [wrap_data_parallel(chunk.to(runtime.device), parallel) for chunk in chunks]
+        with runtime.layout.active():
+            self.ddp = [wrap_data_parallel(chunk.to(runtime.device), parallel) for chunk in chunks]
         self._optimizer: ModelOptimizer | None = None
 
     @property
@@ -72,6 +87,7 @@ class TrainableModel:
         """config.json of the model as it is now, tokenizer and processor of the model it came from."""
         copy_assets(self.assets, directory, config=self.hf_config, dtype=self.module.config.params_dtype)
 
+    @in_own_layout
     def build_optimizer(self, config: OptimizerConfig, max_steps: int) -> None:
         self._optimizer = ModelOptimizer(self.ddp, config, self.parallel, max_steps)
 
@@ -83,21 +99,25 @@ class TrainableModel:
     def finish_training(self) -> None:
         self._train(False)
 
+    @in_own_layout
     def prepare_for_training_step(self) -> None:
         """Zeroes the gradients."""
         assert self._optimizer is not None, "build_optimizer comes first"
         self._optimizer.zero_grad()
 
+    @in_own_layout
     def get_loss_and_metrics(self, batch: TrainingBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
         """Loss and metrics of the global batch, the same on every rank; unless `forward_only`, gradients are accumulated."""
         results = run_rows(self.ddp, batch.rows, self.forward_row, batch.loss, self.runtime, forward_only=forward_only)
         return reduce_loss_and_metrics(results, self.runtime)
 
+    @in_own_layout
     def finish_training_step(self) -> None:
         """Reduces the gradients over ranks."""
         assert self._optimizer is not None, "build_optimizer comes first"
         self._optimizer.finalize_gradients()
 
+    @in_own_layout
     def optimizer_step(self, step: int) -> StepResult:
         """Clips and applies the gradients of step `step` (from 0), unless they are not finite."""
         assert self._optimizer is not None, "build_optimizer comes first"
@@ -121,6 +141,7 @@ class TrainableModel:
         for chunk in self.chunks:
             chunk.train(mode)
 
+    @in_own_layout
     def infer(self, rows: Sequence[PackedRow]) -> list[Any]:
         """`forward_row` of every row, without gradients, in evaluation mode; on every pipeline stage."""
         with self.inference_mode():

@@ -5,9 +5,10 @@ A segment's tokens come from one function (`packing.segments`), whoever wrote it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,22 @@ class DiscriminatorModule(Qwen3VLModel):
         return scores if row.num_segments else scores + hidden.float().sum() * 0.0
 
 
+def _upcycle_from(
+    path: Path,
+    source: Mapping[str, Any],
+    chunks: list[Qwen3VLModel],
+    hf_config: Mapping[str, Any],
+    parallel: ParallelConfig,
+    options: DiscriminatorConfig,
+    seed: int,
+) -> None:
+    """Fills a discriminator from the dense model at `path`, which is cut in the same way meanwhile."""
+    shape = Qwen3VLShape.from_hf(source)
+    dense = build_chunks(lambda vp_stage: PolicyModule(shape, parallel, options.precision, vp_stage=vp_stage), parallel)
+    load_weights(dense, path, source)
+    upcycle(chunks, hf_config, canonical_parameters(dense, source), options, seed=seed)
+
+
 class DiscriminatorModel(TrainableModel):
     """NeMo-Aligner's `CriticModelInterface`, on packed rows."""
 
@@ -80,16 +97,13 @@ class DiscriminatorModel(TrainableModel):
             path = resolve_model_directory(Path(config.path), PolicyModel.name)
         source = load_model_config(path)
         hf_config = source if is_discriminator else upcycled_config(source, config)
-        shape, dense_shape = Qwen3VLShape.from_hf(hf_config), Qwen3VLShape.from_hf(source)
-        chunks = build_chunks(lambda vp_stage: DiscriminatorModule(shape, parallel, config, vp_stage=vp_stage), parallel)
-        if is_discriminator:
-            load_weights(chunks, path, hf_config, score_head=True)
-        else:
-            dense = build_chunks(
-                lambda vp_stage: PolicyModule(dense_shape, parallel, config.precision, vp_stage=vp_stage), parallel
-            )
-            load_weights(dense, path, source)
-            upcycle(chunks, hf_config, canonical_parameters(dense, source), config, seed=seed)
+        shape = Qwen3VLShape.from_hf(hf_config)
+        with runtime.layout.active():
+            chunks = build_chunks(lambda vp_stage: DiscriminatorModule(shape, parallel, config, vp_stage=vp_stage), parallel)
+            if is_discriminator:
+                load_weights(chunks, path, hf_config, score_head=True)
+            else:
+                _upcycle_from(path, source, chunks, hf_config, parallel, config, seed)
         for chunk in chunks:
             if config.freeze_vision_model and chunk.pre_process:
                 freeze(chunk.vision_model)

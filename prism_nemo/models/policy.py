@@ -83,8 +83,9 @@ class PolicyModel(TrainableModel):
         path = resolve_model_directory(Path(config.path), self.name)
         hf_config = load_model_config(path)
         shape = Qwen3VLShape.from_hf(hf_config)
-        chunks = build_chunks(lambda vp_stage: PolicyModule(shape, parallel, config.precision, vp_stage=vp_stage), parallel)
-        load_weights(chunks, path, hf_config)
+        with runtime.layout.active():
+            chunks = build_chunks(lambda vp_stage: PolicyModule(shape, parallel, config.precision, vp_stage=vp_stage), parallel)
+            load_weights(chunks, path, hf_config)
         for chunk in chunks:
             if config.freeze_vision_model and chunk.pre_process:
                 freeze(chunk.vision_model)

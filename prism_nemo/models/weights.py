@@ -105,6 +105,8 @@ class _Gather:
         self._like = next(iter(self._parameters.values()))
         self._num_experts: int = config["text_config"].get("num_experts") or 1
         self._stages = parallel_state.get_pipeline_model_parallel_group()
+        self._expert_ranks = parallel_state.get_expert_model_parallel_group()
+        self._cut_over = {name: _group(name) for name in self._parameters}
         self._stage_of = self._find_stages()
 
     def _find_stages(self) -> dict[str, int]:
@@ -123,13 +125,13 @@ class _Gather:
     def _from_this_stage(self, name: str) -> Tensor:
         full = None
         if name in self._parameters:
-            full = _joined(self._parameters[name].detach(), self._mappings[name].sharding, _group(name))
+            full = _joined(self._parameters[name].detach(), self._mappings[name].sharding, self._cut_over[name])
         expert = _EXPERT.search(name)
         if expert is None:
             assert full is not None
             return full
-        owner = int(expert[2]) // _experts_per_rank(self._num_experts)
-        return self._broadcast(full, name, parallel_state.get_expert_model_parallel_group(), owner)
+        owner = int(expert[2]) * self._expert_ranks.size() // self._num_experts
+        return self._broadcast(full, name, self._expert_ranks, owner)
 
     def _broadcast(self, full: Tensor | None, name: str, group: dist.ProcessGroup, source: int) -> Tensor:
         if group.size() > 1:

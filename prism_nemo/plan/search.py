@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 
-from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size
-from prism_nemo.config.layout import _sizes as model_sizes
+from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size, model_sizes
 from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
 from prism_nemo.errors import LayoutError, PrismError
 from prism_nemo.plan.activations import Recompute

@@ -15,7 +15,7 @@ from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 
 if TYPE_CHECKING:
-    from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
+    from prism_nemo.engine.chunks import Chunks
 
 
 class RolloutError(PrismError):
@@ -91,8 +91,8 @@ def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def build_engine(config: RolloutConfig, model: Qwen3VLModel, *, device: torch.device) -> RolloutEngine:
-    """The engine that the configuration names, for an unwrapped policy. Raises ConfigError when there is none."""
+def build_engine(config: RolloutConfig, model: Chunks, *, device: torch.device) -> RolloutEngine:
+    """The engine that the configuration names, for an unwrapped policy (its chunks). Raises ConfigError when there is none."""
     if config.engine is RolloutEngineKind.megatron:
         from prism_nemo.rollout.megatron import MegatronEngine
 

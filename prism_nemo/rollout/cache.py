@@ -23,9 +23,9 @@ _FIRST_CAPACITY = 32  # tokens; doubled whenever they are used up
 class PromptCache:
     """Collects the prompts' keys and values as packed rows of prompts, without segments, run through the model."""
 
-    def __init__(self, lengths: list[int], num_layers: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, lengths: list[int], *, dtype: torch.dtype, device: torch.device) -> None:
         self.lengths = torch.tensor(lengths, device=device)
-        self.layers: list[Tensor | None] = [None] * num_layers  # each [2 (keys, values), P, G, L, D]; zeros behind a prompt's end
+        self.layers: dict[int, Tensor] = {}  # by layer number, each [2 (keys, values), P, G, L, D]; zeros behind a prompt's end
         self._dtype = dtype
         self._prompts = range(0)
 
@@ -48,10 +48,10 @@ class PromptCache:
     ) -> Tensor:
         """Attention within the row, [T, H, D]; its keys and values are kept."""
         assert attention is not None
-        whole = self.layers[layer_number - 1]
+        whole = self.layers.get(layer_number)
         if whole is None:
             shape = (2, self.lengths.numel(), key.shape[1], int(self.lengths.max()), key.shape[2])
-            whole = self.layers[layer_number - 1] = torch.zeros(shape, dtype=self._dtype, device=key.device)
+            whole = self.layers[layer_number] = torch.zeros(shape, dtype=self._dtype, device=key.device)
         part = whole[:, self._prompts.start : self._prompts.stop, :, : self._index.shape[1]]
         for kept, new in zip(part, (key, value), strict=True):
             kept.copy_(new[self._index].transpose(1, 2))
@@ -102,16 +102,19 @@ class DecodeCache:
     def __init__(self, prompt_cache: PromptCache, prompt_of: Tensor) -> None:
         """`prompt_of` int64 [B]: the prompt of every sequence, those of a prompt together."""
         self._slots, prompts = _Slots.arrange(prompt_of)
-        self._set_prompts(prompt_cache.lengths, [layer for layer in prompt_cache.layers if layer is not None], prompts)
+        self._set_prompts(prompt_cache.lengths, prompt_cache.layers, prompts)
         self._prompt_of = torch.unique_consecutive(prompt_of, return_inverse=True)[1]
-        self._own: list[Tensor | None] = [None] * len(self._prompt_layers)  # each [2, P * G * R, capacity, D]
+        self._own: dict[int, Tensor] = {}  # by layer number, each [2, P * G * R, capacity, D]
         self._count = 0  # n
 
-    def _set_prompts(self, lengths: Tensor, layers: list[Tensor], prompts: Tensor) -> None:
+    def _set_prompts(self, lengths: Tensor, layers: dict[int, Tensor], prompts: Tensor) -> None:
         everything = prompts.numel() == lengths.numel()
         self._lengths = lengths[prompts]
         longest = int(self._lengths.max())
-        self._prompt_layers = layers if everything else [layer[:, prompts, :, :longest].contiguous() for layer in layers]
+        if everything:
+            self._prompt_layers = layers
+        else:
+            self._prompt_layers = {number: layer[:, prompts, :, :longest].contiguous() for number, layer in layers.items()}
         behind = torch.arange(longest, device=lengths.device) >= self._lengths.unsqueeze(1)
         self._behind = behind[:, None] if bool(behind.any()) else None  # bool [P, 1, L]: what no query sees
 
@@ -127,12 +130,11 @@ class DecodeCache:
         self._slots, prompts = _Slots.arrange(prompt_of)
         slot = slot_of if self._slots.source is None else slot_of[self._slots.source]
         slot = slot.view(-1, 1, self._slots.rollouts)  # [P', 1, R']
-        for index, own in enumerate(self._own):
-            if own is not None:
-                groups = own.shape[1] // (old.prompts * old.rollouts)
-                group = torch.arange(groups, device=slot.device).view(1, -1, 1)
-                row = (slot // old.rollouts * groups + group) * old.rollouts + slot % old.rollouts
-                self._own[index] = own.index_select(1, row.flatten())
+        for number, own in self._own.items():
+            groups = own.shape[1] // (old.prompts * old.rollouts)
+            group = torch.arange(groups, device=slot.device).view(1, -1, 1)
+            row = (slot // old.rollouts * groups + group) * old.rollouts + slot % old.rollouts
+            self._own[number] = own.index_select(1, row.flatten())
         self._set_prompts(self._lengths, self._prompt_layers, prompts)
         self._prompt_of = torch.unique_consecutive(prompt_of, return_inverse=True)[1]
 
@@ -146,7 +148,7 @@ class DecodeCache:
         attention: RowAttention | ImageAttention | None,
     ) -> Tensor:
         """[T, H, D]: zeros for padding."""
-        slots, prompt = self._slots, self._prompt_layers[layer_number - 1]
+        slots, prompt = self._slots, self._prompt_layers[layer_number]
         groups, dim = key.shape[1:]
         batch = slots.prompts * groups
         own = self._append(layer_number, slots.spread(key, groups), slots.spread(value, groups))
@@ -171,14 +173,14 @@ class DecodeCache:
 
     def _append(self, layer_number: int, key: Tensor, value: Tensor) -> Tensor:
         """Writes the new token's key and value [P, G, R, 1, D]; all own ones so far, [2, P * G * R, n + 1, D]."""
-        own = self._own[layer_number - 1]
+        own = self._own.get(layer_number)
         rows, dim = key.shape[:3].numel(), key.shape[-1]
         if own is None or own.shape[2] == self._count:
             capacity = max(_FIRST_CAPACITY, 2 * self._count)
-            grown = torch.empty(2, rows, capacity, dim, dtype=self._prompt_layers[0].dtype, device=key.device)
+            grown = torch.empty(2, rows, capacity, dim, dtype=self._prompt_layers[layer_number].dtype, device=key.device)
             if own is not None:
                 grown[:, :, : self._count] = own
-            own = self._own[layer_number - 1] = grown
+            own = self._own[layer_number] = grown
         for kept, new in zip(own, (key, value), strict=True):
             kept[:, self._count] = new.reshape(rows, dim)
         return own[:, :, : self._count + 1]

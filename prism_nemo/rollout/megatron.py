@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_nemo.engine.attention import RowAttention
-from prism_nemo.errors import LayoutError
+from prism_nemo.engine.chunks import Chunks, chunks_of
+from prism_nemo.engine.step import run_stages
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
@@ -36,7 +37,7 @@ class _Prefilled:
     """Prompts that have run through the network."""
 
     cache: PromptCache
-    hidden: Tensor  # [P, hidden] of every prompt's last token
+    hidden: Tensor | None  # [P, hidden] of every prompt's last token, on the last pipeline stage
     next_position: Tensor  # int64 [P]
 
 
@@ -51,21 +52,17 @@ class _Sampled:
 
 
 class MegatronEngine:
-    """`RolloutEngine` over an unwrapped model that this process (with its tensor-parallel ranks) holds whole.
+    """`RolloutEngine` over an unwrapped model that this process holds together with the ranks it is cut over.
 
     The model is shared, not copied: an optimizer step is seen at once. Data-parallel ranks each generate for their own prompts;
-    where they share experts, every rank must call `generate`, with prompts or without, for they wait for one another.
+    where they share experts, every rank must call `generate`, with prompts or without, for they wait for one another. Pipeline
+    stages take turns at every token, and context-parallel ranks all do the same: right everywhere, fast without either.
     """
 
-    def __init__(self, model: Qwen3VLModel, *, device: torch.device, max_batch_size: int) -> None:
-        """`max_batch_size`: sequences decoded together. Raises LayoutError for a model cut over pipeline stages."""
-        if not (model.pre_process and model.post_process):
-            raise LayoutError(
-                "the megatron rollout engine needs whole models, this one is cut over pipeline stages",
-                where="rollout.engine, parallel.pipeline_model_parallel_size",
-                remedy="use pipeline_model_parallel_size=1 (tensor parallelism is fine), or rollout.engine=vllm",
-            )
-        self._model = model
+    def __init__(self, model: Chunks, *, device: torch.device, max_batch_size: int) -> None:
+        """`max_batch_size`: sequences decoded together."""
+        self._chunks: Sequence[Qwen3VLModel] = chunks_of(model)
+        model = self._model = self._chunks[-1]  # on the last pipeline stage the one with the output weight
         self._device = device
         self._max_batch_size = max_batch_size
         self._tp = model.pg_collection.tp
@@ -108,10 +105,10 @@ class MegatronEngine:
         all_seeds = np.asarray(seeds, dtype=np.uint64)
         prompts_at_once = max(1, self._max_batch_size // num_rollouts_per_prompt)
         rollouts: list[Rollout] = []
-        with _eval_mode(self._model):
+        with _eval_mode(self._chunks):
             for first in range(0, len(prompts), prompts_at_once):
                 prefilled = self._prefill(prompts[first : first + prompts_at_once])
-                prompt_of = np.arange(prefilled.hidden.shape[0]).repeat(num_rollouts_per_prompt)
+                prompt_of = np.arange(prefilled.next_position.numel()).repeat(num_rollouts_per_prompt)
                 for start in range(0, len(prompt_of), self._max_batch_size):
                     batch = prompt_of[start : start + self._max_batch_size]
                     offset = first * num_rollouts_per_prompt + start
@@ -122,9 +119,7 @@ class MegatronEngine:
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> _Prefilled:
         """Every prompt once, in as few rows as the limit allows."""
-        cache = PromptCache(
-            [len(prompt) for prompt in prompts], self._model.config.num_layers, dtype=self._cache_dtype, device=self._device
-        )
+        cache = PromptCache([len(prompt) for prompt in prompts], dtype=self._cache_dtype, device=self._device)
         last_hidden = []
         for members in _row_ranges([len(prompt) for prompt in prompts]):
             groups = [Group(prompts[index]) for index in members]
@@ -132,9 +127,11 @@ class MegatronEngine:
             cache.expect(members)
             context = RowContext(attention=RowAttention(row.layout, self._device), cache=cache)
             ends = cache.lengths[members.start : members.stop].cumsum(0) - 1
-            last_hidden.append(gather_rows(self._forward(row, context), ends, self._model.config, self._tp))
+            hidden = self._forward(row, context)
+            if hidden is not None:
+                last_hidden.append(gather_rows(hidden, ends, self._model.config, self._tp))
         positions = torch.tensor([prompt.next_position for prompt in prompts], device=self._device)
-        return _Prefilled(cache, torch.cat(last_hidden), positions)
+        return _Prefilled(cache, torch.cat(last_hidden) if last_hidden else None, positions)
 
     def _decode(self, prefilled: _Prefilled, prompt_of: np.ndarray, sampler: Sampler, seeds: np.ndarray) -> _Sampled:
         """Samples until every sequence has ended; `prompt_of` int64 [B], non-decreasing, is each one's prompt."""
@@ -145,7 +142,8 @@ class MegatronEngine:
         )
         prompt_index = torch.from_numpy(prompt_of).to(self._device)
         cache = DecodeCache(prefilled.cache, prompt_index)
-        hidden, position = prefilled.hidden[prompt_index], prefilled.next_position[prompt_index]
+        hidden = None if prefilled.hidden is None else prefilled.hidden[prompt_index]
+        position = prefilled.next_position[prompt_index]
         in_batch = np.arange(size)  # the sequences in the forward pass, finished ones among them
         running = np.ones(size, bool)  # of those in the batch, which have not ended
         for step in range(limit):
@@ -167,7 +165,8 @@ class MegatronEngine:
             row = self._decode_row(tokens, position + step)
             output = self._forward(row, RowContext(attention=None, cache=cache))
             cache.advance()
-            hidden = gather_rows(output, torch.arange(len(in_batch), device=self._device), self._model.config, self._tp)
+            if output is not None:
+                hidden = gather_rows(output, torch.arange(len(in_batch), device=self._device), self._model.config, self._tp)
         _check_finite(result)
         return result
 
@@ -179,14 +178,24 @@ class MegatronEngine:
         layout = RowLayout((), len(tokens))  # the cache knows what belongs together
         return replace(self._idle_row, layout=layout, input_ids=tokens, position_ids=positions.expand(3, -1))
 
-    def _sample(self, hidden: Tensor, sampler: Sampler, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, hidden: Tensor | None, sampler: Sampler, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B] and log-probabilities float32 [B] after hidden states [B, hidden], the same on every rank.
 
-        The first tensor-parallel rank draws for all, so that no rounding can ever tell them apart.
+        One rank draws for all that share the sequences, so that no rounding can ever tell them apart: on the last pipeline stage
+        (the others have no hidden states) the first tensor-parallel and context-parallel one.
         """
+        drawn = torch.empty(2, uniform.numel(), dtype=torch.float64, device=self._device)  # exact for both
+        if hidden is not None:
+            self._draw(drawn, hidden, sampler, uniform.to(self._device))
+        groups = self._model.pg_collection
+        for group, source in ((groups.cp, 0), (groups.pp, groups.pp.size() - 1)):
+            if group.size() > 1:
+                dist.broadcast(drawn, group=group, group_src=source)
+        return drawn[0].long(), drawn[1].float()
+
+    def _draw(self, drawn: Tensor, hidden: Tensor, sampler: Sampler, uniform: Tensor) -> None:
+        """Fills `drawn` with tokens and log-probabilities, on every tensor-parallel rank."""
         weight = self._model.language_model.output_weight
-        uniform = uniform.to(self._device)
-        drawn = torch.empty(2, hidden.shape[0], dtype=torch.float64, device=self._device)  # exact for both
         chunk = max(1, _MAX_LOGITS // (weight.shape[0] * self._tp.size()))
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -195,7 +204,6 @@ class MegatronEngine:
                 drawn[0, rows], drawn[1, rows] = sampler(logits, uniform[rows])
         if self._tp.size() > 1:
             dist.broadcast(drawn, group=self._tp, group_src=0)
-        return drawn[0].long(), drawn[1].float()
 
     def _gather_vocabulary(self, logits: Tensor) -> Tensor | None:
         """[B, V] from every rank's [B, V / TP], on the first tensor-parallel rank."""
@@ -205,10 +213,13 @@ class MegatronEngine:
         dist.gather(logits, parts, group=self._tp, group_dst=0)
         return None if parts is None else torch.cat(parts, dim=1)
 
-    def _forward(self, row: PackedRow, context: RowContext) -> Tensor:
-        """One forward pass, at which ranks that share experts take part together."""
+    def _forward(self, row: PackedRow, context: RowContext) -> Tensor | None:
+        """One forward pass, at which ranks that share experts take part together; hidden states on the last pipeline stage."""
         self._any_expert_rank_works(True)
-        return self._model.hidden_states(row, context)
+        return self._run(row, context)
+
+    def _run(self, row: PackedRow, context: RowContext) -> Tensor | None:
+        return run_stages(self._chunks, lambda chunk: chunk.hidden_states(row, context), self._device)
 
     def _any_expert_rank_works(self, here: bool) -> bool:
         if self._model.config.expert_model_parallel_size == 1:
@@ -221,7 +232,7 @@ class MegatronEngine:
         """Takes part in the other ranks' passes, with padding, until none has work left: a pass is a collective over experts."""
         context = RowContext(attention=RowAttention(self._idle_row.layout, self._device))
         while self._any_expert_rank_works(False):
-            self._model.hidden_states(self._idle_row, context)
+            self._run(self._idle_row, context)
 
     def _rollouts(self, sampled: _Sampled, prompt_index: np.ndarray) -> list[Rollout]:
         return [
@@ -258,9 +269,10 @@ def _check_finite(sampled: _Sampled) -> None:
 
 
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _eval_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    training = [module for chunk in chunks for module in chunk.modules() if module.training]
+    for chunk in chunks:
+        chunk.eval()
     try:
         yield
     finally:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from prism_nemo.algorithms.advantages import prism_advantages
 from prism_nemo.algorithms.metrics import mean_of
+from prism_nemo.config.layout import discriminator_layout
 from prism_nemo.config.schema import AlignConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.open import open_stream
 from prism_nemo.data.records import Record
 from prism_nemo.data.segments import KINDS, response_segments
-from prism_nemo.engine.runtime import Runtime, session
+from prism_nemo.engine.runtime import Runtime, beside, session
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.errors import DataError, PrismError
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
@@ -35,6 +36,7 @@ from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
+from prism_nemo.stages.crossing import Crossing, Scores
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_batch import policy_batch
 from prism_nemo.stages.probe import ContentProbe
@@ -57,14 +59,16 @@ class AlignTrainer:
         self.loop = loop
         self.policy = PolicyModel(config.model, config.parallel, runtime)
         self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
-        self.discriminator = DiscriminatorModel(config.discriminator, config.parallel, runtime, seed=config.runtime.seed)
+        layout = discriminator_layout(config)
+        own_runtime = beside(runtime, layout, config.runtime)
+        self.discriminator = DiscriminatorModel(config.discriminator, layout, own_runtime, seed=config.runtime.seed)
         self.discriminator.build_optimizer(config.discriminator_optimizer, config.trainer.max_steps)
         self.models = {"policy": self.policy, "discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
         self.engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
         self.stream = open_stream(config, self.encode, required=("response",))
-        self.probe = ContentProbe(self.discriminator, self.encoder, config, runtime)
+        self.probe = ContentProbe(self.discriminator, self.encoder, config, own_runtime)
         self.held_out = HeldOutPrompts(
             self.engine, self.encoder, config.data, runtime, seed=config.runtime.seed, limit=config.trainer.limit_val_samples
         )
@@ -92,18 +96,18 @@ class AlignTrainer:
                     self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
                 )
             with self.loop.timed("discriminator"):
-                game, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
+                scores, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
             with self.loop.timed("policy"):
-                metrics = self.update(step, rollouts, game)
+                metrics = self.update(step, rollouts, scores)
 
             self.loop.end_step(
                 {**metrics, **game_metrics},
-                rollouts.samples(self.config.trainer.log_samples, self.sample_columns(game)),
+                rollouts.samples(self.config.trainer.log_samples, self.sample_columns(scores)),
             )
         self.policy.finish_training()
         self.discriminator.finish_training()
 
-    def play(self, rollouts: RolloutBatch, teachers: list[tuple[Segment, ...]]) -> tuple[ComparisonBatch, dict[str, float]]:
+    def play(self, rollouts: RolloutBatch, teachers: list[tuple[Segment, ...]]) -> tuple[Scores, dict[str, float]]:
         """One pass of the discriminator: the scores of every segment and, unless it is frozen, its gradient."""
         students = [self.student_segments(rollouts.texts[index], index) for index in range(len(rollouts.texts))]
         comparisons = []
@@ -116,11 +120,12 @@ class AlignTrainer:
             comparisons.append(
                 Comparison(prompt if self.config.discriminator.use_images else without_images(prompt), teacher, own)
             )
+        crossing = Crossing(comparisons, len(students), policy=self.runtime, discriminator=self.discriminator.runtime)
         game = ComparisonBatch(
-            comparisons,
-            len(students),
+            crossing.comparisons,
+            crossing.num_students,
             self.config.discriminator,
-            self.runtime,
+            self.discriminator.runtime,
             max_tokens=self.config.trainer.max_tokens_per_row,
         )
         self.discriminator.prepare_for_training_step()
@@ -128,9 +133,9 @@ class AlignTrainer:
         frozen = self.config.algorithm.discriminator_steps_frozen
         loss, metrics = self.discriminator.get_loss_and_metrics(game.training_batch, forward_only=frozen)
         game.share_scores()
-        spread = reduce_metrics(game.spread(), self.runtime)
+        spread = reduce_metrics(game.spread(), self.discriminator.runtime)
         metrics = {"loss": loss, **metrics, **spread, **self.discriminator.router_metrics()}
-        return game, {f"discriminator/{name}": value for name, value in metrics.items()}
+        return crossing.back(game), {f"discriminator/{name}": value for name, value in metrics.items()}
 
     def student_segments(self, text: str, index: int) -> tuple[Segment, ...] | None:
         """A rollout's segments; None for one that is not in the format (or too long), which is not scored."""
@@ -139,27 +144,27 @@ class AlignTrainer:
         except DataError:
             return None
 
-    def advantages(self, rollouts: RolloutBatch, game: ComparisonBatch) -> Tensor:
+    def advantages(self, rollouts: RolloutBatch, scores: Scores) -> Tensor:
         """fp32 [B], from the group-normalised scores of both segments; an invalid rollout is pushed down."""
         algorithm = self.config.algorithm
-        scores = game.student_scores.clamp(-algorithm.score_clip, algorithm.score_clip)
+        student = scores.student.clamp(-algorithm.score_clip, algorithm.score_clip)
         return prism_advantages(
-            scores[:, 0],
-            scores[:, -1],  # with one score for the whole response, the same one
-            game.compared,
+            student[:, 0],
+            student[:, -1],  # with one score for the whole response, the same one
+            scores.compared,
             rollouts.group_ids,
             perception_weight=algorithm.perception_weight,
             reasoning_weight=algorithm.reasoning_weight,
             format_penalty=algorithm.format_penalty,
         )
 
-    def update(self, step: int, rollouts: RolloutBatch, game: ComparisonBatch) -> dict[str, float]:
+    def update(self, step: int, rollouts: RolloutBatch, scores: Scores) -> dict[str, float]:
         """The policy's gradient from the scores, then both optimizer steps; none when a score is not finite."""
         ids = [record.id for record in rollouts.records]
-        if not self.scores_are_finite(game):
+        if not self.scores_are_finite(scores):
             self.loop.guard(False, "a score", ids)
             return {}
-        advantages = self.advantages(rollouts, game)
+        advantages = self.advantages(rollouts, scores)
         batch = policy_batch(
             rollouts,
             advantages,
@@ -183,16 +188,16 @@ class AlignTrainer:
         sums = {**rollouts.metrics(), "advantage_magnitude": mean_of(advantages.abs())}
         return {**result, **reduce_metrics(sums, self.runtime)}
 
-    def scores_are_finite(self, game: ComparisonBatch) -> bool:
+    def scores_are_finite(self, scores: Scores) -> bool:
         """On every rank, the teachers' too: without the discriminator's step the policy takes none either."""
-        finite = game.student_scores[game.compared].isfinite().all() & game.teacher_scores.isfinite().all()
+        finite = scores.student[scores.compared].isfinite().all() & scores.teacher.isfinite().all()
         return self.runtime.max_over_all(int(not bool(finite))) == 0
 
-    def sample_columns(self, game: ComparisonBatch) -> dict[str, list[Any]]:
+    def sample_columns(self, scores: Scores) -> dict[str, list[Any]]:
         """The scores of every rollout by segment, for samples.jsonl; null where there is none."""
         columns = {}
-        for column, kind in enumerate(game.kinds):
-            values = game.student_scores[:, column].tolist()
+        for column, kind in enumerate(scores.kinds):
+            values = scores.student[:, column].tolist()
             columns[f"score/{kind.name.lower()}"] = [value if value == value else None for value in values]
         return columns
 

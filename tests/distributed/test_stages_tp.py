@@ -34,6 +34,7 @@ DP: tuple[str, ...] = ()
 PP = ("parallel.pipeline_model_parallel_size=2",)
 CP = ("parallel.context_parallel_size=2",)
 EP = ("parallel.expert_model_parallel_size=2",)  # the discriminator's experts over two data-parallel ranks
+APART = ("discriminator_parallel.as_policy=false",)
 SPREAD = ("parallel.use_distributed_optimizer=true",)
 VALIDATED = ("trainer.val_check_interval=2", "trainer.limit_val_samples=7")  # a number that does not divide
 
@@ -63,6 +64,9 @@ CASES = {
     "align_pp": Case("align", (*SHORT, *VALIDATED), PP),
     "align_cp": Case("align", (*SHORT, *VALIDATED), CP),
     "align_ep": Case("align", (*SHORT, "discriminator.routing=dedicated"), EP),
+    "align_tp_beside_dp": Case("align", (*SHORT, *VALIDATED), (*TP, *APART)),
+    "align_dp_beside_tp": Case("align", SHORT, (*APART, "discriminator_parallel.tensor_model_parallel_size=2")),
+    "align_pp_beside_ep": Case("align", SHORT, (*PP, *APART, "discriminator_parallel.expert_model_parallel_size=2")),
     "rlvr_pp": Case("rlvr", SHORT, PP),
     "rlvr_tp": Case("rlvr", SHORT, TP),
     "rlvr_dp": Case("rlvr", (*SHORT, "trainer.max_tokens_per_row=100"), DP),  # the ranks have different numbers of rows

@@ -244,7 +244,7 @@ def test_all_missing_values_are_told_at_once() -> None:
         (
             "model=/models/8b",
             "there is no such option of model",
-            "one of frozen_vision, full; a single key is set as model.KEY=",
+            "one of frozen_vision, full, ",
         ),
         ("runtime.device=${", "runtime.device: '${' (str) cannot be used", "expected auto | cpu | cuda"),
         ("experiment.dir=${nowhere}", "experiment.dir: its ${...} cannot be resolved", "name a key that exists"),

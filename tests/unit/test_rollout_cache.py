@@ -33,7 +33,7 @@ class Case:
     ) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.dtype = dtype
-        self.prompts = PromptCache(lengths, LAYERS, dtype=kept, device=CPU)
+        self.prompts = PromptCache(lengths, dtype=kept, device=CPU)
         stores: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(LAYERS)]
         for members in rows:
             own = [lengths[index] for index in members]

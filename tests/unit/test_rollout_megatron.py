@@ -15,7 +15,7 @@ import prism_nemo.rollout.megatron as megatron_module
 from prism_nemo.config.schema import ParallelConfig, Precision, RolloutConfig, RolloutEngineKind
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.logprobs import label_log_probs
-from prism_nemo.errors import ConfigError, LayoutError
+from prism_nemo.errors import ConfigError
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.language import gather_rows
@@ -286,6 +286,3 @@ def test_build_engine_names_the_key() -> None:
     assert isinstance(build_engine(RolloutConfig(), model, device=CPU), MegatronEngine)
     with pytest.raises(ConfigError, match=r"rollout\.engine"):
         build_engine(RolloutConfig(engine=RolloutEngineKind.vllm), model, device=CPU)
-    model.post_process = False  # as on a stage of a pipeline
-    with pytest.raises(LayoutError, match="pipeline_model_parallel_size"):
-        engine_of(model)

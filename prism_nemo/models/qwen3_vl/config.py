@@ -66,7 +66,19 @@ class Qwen3VLShape:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen3VLShape:
-        """Reads a parsed `config.json` of transformers 4.57 or 5.x. Raises ConfigError for another architecture."""
+        """Reads a parsed `config.json` of transformers 4.57 or 5.x.
+
+        Raises ConfigError for another architecture, for what would be computed otherwise, and for a missing key.
+        """
+        try:
+            return cls._from_hf(config)
+        except KeyError as error:
+            raise ConfigError(
+                f"the model's configuration lacks {error}", where="config.json", remedy="copy the model's config.json again"
+            ) from error
+
+    @classmethod
+    def _from_hf(cls, config: Mapping[str, Any]) -> Qwen3VLShape:
         if config.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
             raise ConfigError(
                 f"the model is a {config.get('model_type')!r}",
@@ -75,10 +87,17 @@ class Qwen3VLShape:
             )
         text, vision = config["text_config"], config["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ConfigError(
-                f"rope type {rope['rope_type']!r} is not supported", where="config.json: text_config", remedy="use 'default'"
-            )
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "mrope"):
+            raise ConfigError(f"rope type {kind!r} is not supported", where="config.json: text_config", remedy="use 'default'")
+        for section, supported in (("text_config", "silu"), ("vision_config", "gelu_pytorch_tanh")):
+            activation = config[section].get("hidden_act", supported)
+            if activation != supported:
+                raise ConfigError(
+                    f"the activation {activation!r} is not supported",
+                    where=f"config.json: {section}.hidden_act",
+                    remedy=f"every official Qwen3-VL has {supported!r}",
+                )
         return cls(
             num_layers=text["num_hidden_layers"],
             hidden_size=text["hidden_size"],
@@ -147,6 +166,8 @@ class Qwen3VLShape:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
             context_parallel_size=parallel.context_parallel_size,
             # Megatron trains experts under tensor parallelism with sequence parallelism only; the numbers are the same.
             sequence_parallel=tp > 1 and (parallel.sequence_parallel or self.moe is not None),

@@ -51,7 +51,7 @@ class LanguageBlock(TransformerBlock):
         if not self.pre_process:
             hidden, waiting = self._received(image_index, first)
         for depth, layer in enumerate(self.layers, start=first):
-            hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)
+            hidden = layer.run(hidden, rotary, context)
             if depth in waiting:
                 assert image_index is not None
                 hidden = hidden.index_add(0, image_index, waiting.pop(depth).unsqueeze(1).to(hidden.dtype))

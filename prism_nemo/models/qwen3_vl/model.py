@@ -20,6 +20,7 @@ from prism_nemo.engine.attention import RowAttention
 from prism_nemo.models.context import RoutingContext, RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.language import Qwen3VLLanguageModel, gather_rows
+from prism_nemo.models.qwen3_vl.spec import set_recompute
 from prism_nemo.models.qwen3_vl.vision import Qwen3VLVisionModel
 from prism_nemo.packing.rows import PackedRow
 from prism_nemo.packing.shards import RowShard
@@ -57,6 +58,7 @@ class Qwen3VLModel(MegatronModule):
             vp_stage=vp_stage,
         )
         _mark_cut_weights(self)
+        set_recompute(self, parallel)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """What the previous pipeline stage sent (Megatron's schedules call this)."""

@@ -6,6 +6,7 @@ not depend on the spec that wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.rope import rotate
 from prism_nemo.models.router import GroupBalancedRouter
@@ -61,6 +64,8 @@ class PackedSelfAttention(SelfAttention):
     `packed_seq_params` carries the `RowContext`, `rotary_pos_emb` the (cos, sin) of every token's own position.
     """
 
+    recompute_core = False  # see `set_recompute`
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -79,17 +84,56 @@ class PackedSelfAttention(SelfAttention):
             out = context.cache.attend(self.layer_number, query, key, value, scale, context.attention)
         else:
             assert context.attention is not None, "a row without a cache needs its attention pattern"
-            out = context.attention(query, key, value, scale)
+            if self.recompute_core and torch.is_grad_enabled():
+                out = checkpoint(context.attention, query, key, value, scale, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = context.attention(query, key, value, scale)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
 
 class RowTransformerLayer(TransformerLayer):
-    """Hands the row's context to the router, which Megatron gives nothing but hidden states."""
+    """A layer over a packed row; hands the row's context to the router, which Megatron gives nothing but hidden states."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_moe_layer:
-            self.mlp.router.context = kwargs["packed_seq_params"].routing
-        return super().forward(*args, **kwargs)
+    recompute_all = recompute_mlp_part = False  # see `set_recompute`
+
+    def run(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: RowContext) -> Tensor:
+        """[T, 1, hidden] -> the same."""
+
+        def layer(hidden: Tensor) -> Any:
+            return self(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)[0]
+
+        return _checkpointed(layer, hidden) if self.recompute_all and torch.is_grad_enabled() else layer(hidden)
+
+    def forward(self, *args: Any, packed_seq_params: RowContext, **kwargs: Any) -> Any:
+        self._routing = packed_seq_params.routing
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        routing = self._routing
+
+        def mlp(hidden: Tensor) -> Any:
+            if self.is_moe_layer:  # set here: when this is computed again, another row may have come in between
+                self.mlp.router.context = routing
+            return super(RowTransformerLayer, self)._forward_mlp(hidden, *args, **kwargs)
+
+        return _checkpointed(mlp, hidden_states) if self.recompute_mlp_part and torch.is_grad_enabled() else mlp(hidden_states)
+
+
+def _checkpointed(function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)`, computed again in backward. Layers draw no random numbers, so no generator is restored."""
+    return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+def set_recompute(model: torch.nn.Module, parallel: ParallelConfig) -> None:
+    """What the layers of a model compute again in backward instead of keeping it."""
+    full = parallel.recompute_granularity is RecomputeGranularity.full
+    modules = parallel.recompute_modules if parallel.recompute_granularity is RecomputeGranularity.selective else []
+    for module in model.modules():
+        if isinstance(module, RowTransformerLayer):
+            module.recompute_all = full
+            module.recompute_mlp_part = RecomputeModule.mlp in modules
+        elif isinstance(module, PackedSelfAttention):
+            module.recompute_core = RecomputeModule.core_attn in modules
 
 
 def _attention(mask_type: AttnMaskType, qk_norm: type | None) -> ModuleSpec:

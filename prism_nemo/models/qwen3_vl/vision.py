@@ -73,7 +73,7 @@ class VisionBlock(TransformerBlock):
         """[P, 1, hidden] -> the last layer's output and one [P / 4, language hidden] feature per tapped layer."""
         features = []
         for index, layer in enumerate(self.layers):
-            hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)
+            hidden = layer.run(hidden, rotary, context)
             if index in self.deepstack_layers:
                 merger = self.deepstack_merger_list[self.deepstack_layers.index(index)]
                 features.append(merger(hidden.squeeze(1)))
