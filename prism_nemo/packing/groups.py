@@ -23,9 +23,12 @@ class EncodedPrompt:
 
     input_ids       int64   [length]
     position_ids    int64   [3, length]              temporal, height, width (see `packing.positions`)
-    image_mask      bool    [length]                 True at image tokens
+    image_mask      bool    [length]                 True at image and video tokens
     pixel_values    float32 [patches, patch_size]    patches in 2x2 merge-block order; [0, patch_size] without an image
     image_grid_thw  int64   [images, 3]              patches in time, height, width of every image
+
+    Images and the frames of videos stand in the order of the prompt. What makes one patch in time (two frames of a video) is
+    one image here: [1, height, width].
     """
 
     input_ids: Tensor
@@ -71,7 +74,7 @@ class Group:
 
 
 def without_images(prompt: EncodedPrompt) -> EncodedPrompt:
-    """The prompt with its image tokens taken out and text positions throughout."""
+    """The prompt with its image and video tokens taken out and text positions throughout; the times of frames stay."""
     return text_prompt(prompt.input_ids[~prompt.image_mask], prompt.pixel_values.shape[1])
 
 

@@ -12,7 +12,8 @@ def mrope_positions(input_ids: Tensor, image_mask: Tensor, image_grid_thw: Tenso
     """Temporal, height and width positions of one prompt, int64 [3, length].
 
     Text advances all three by 1. An image that starts at position p occupies (p, p + row, p + column) on its merged grid,
-    and the text behind it goes on at p + max(rows, columns). As in the model's `get_rope_index`.
+    and the text behind it goes on at p + max(rows, columns). As in the model's `get_rope_index`. A video's frames, each in
+    markers of its own behind its timestamp, are images to it.
 
     input_ids int64 [length], image_mask bool [length], image_grid_thw int64 [images, 3] in patches before merging.
     Raises DataError when the image tokens and the grids do not match.

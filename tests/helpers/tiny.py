@@ -21,7 +21,7 @@ PATCH_WIDTH = 3 * 2 * PATCH_SIZE**2  # channels, frames of a patch, pixels
 MERGE = 2
 NUM_EXPERTS, TOPK = 4, 2
 NUM_TEXT_TOKENS = 100  # ordinary tokens are below
-IMAGE_TOKEN, VISION_START, VISION_END = 120, 122, 123
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 120, 121, 122, 123
 
 _TEXT = {
     "hidden_size": 64,
@@ -46,7 +46,7 @@ _VISION = {
 }
 _TOKENS = {
     "image_token_id": IMAGE_TOKEN,
-    "video_token_id": 121,
+    "video_token_id": VIDEO_TOKEN,
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
