@@ -19,6 +19,7 @@ import queue
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_nemo.engine.chunks import Chunks, chunks_of
@@ -74,7 +76,7 @@ def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     updates = 0 if optimizer is None else optimizer.num_updates
     if optimizer is not None and updates:
         state["optimizer"] = _tensors_alone(optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata))
-    _use_local_results_queue()
+    _write_in_this_process()
     dist_checkpointing.save(state, str(directory), content_metadata={_OPTIMIZER_UPDATES: updates})
 
 
@@ -98,13 +100,30 @@ def _unwrapped(leaf: Any) -> Any:
     return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
 
-def _use_local_results_queue() -> None:
-    """Megatron keeps a manager process for results of background saves; saves here are waited for, so a plain queue does.
+def _write_in_this_process() -> None:
+    """Has Megatron write its files here, in threads, instead of in forked processes with a manager process for the results.
 
-    It saves the seconds of the process's start, which would also import the program's main module a second time.
+    A fork of a process with device contexts and communication threads is a hazard, a killed rank would leave its writers waiting
+    for it forever, and the manager's start takes seconds. Saves are waited for anyway.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
+        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+    """`FileSystemWriterAsync.write_preloaded_data_multiproc` without processes: a thread for each file."""
+    own: queue.Queue[tuple[int, Any]] = queue.Queue()
+    count: queue.Queue[int] = queue.Queue()
+    with ThreadPoolExecutor(max(1, len(buckets))) as threads:
+        for index, bucket in enumerate(buckets):
+            count.put(index)
+            threads.submit(
+                FileSystemWriterAsync.write_preloaded_data, transforms, index, bucket, own, count, True, use_msc=use_msc
+            )
+    written = dict(own.get_nowait() for _ in buckets)
+    failures = [result for result in written.values() if isinstance(result, Exception)]
+    results.put(failures[0] if failures else written)
 
 
 def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None) -> None:
@@ -228,7 +247,7 @@ class CheckpointStore:
             for name, model in models.items():
                 model.save_assets(staging / name / "hf")
                 seal(staging / name)
-            (staging / TRAINER).write_text(json.dumps({**trainer, "step": step, "layout": self._layout}))
+            (staging / TRAINER).write_text(json.dumps({**trainer, **self._ranks, "step": step}))
             if final.exists():
                 shutil.rmtree(final)
             staging.rename(final)
@@ -255,16 +274,16 @@ class CheckpointStore:
             with model.runtime.layout.active(), _at_hand(model.optimizer):
                 load_model(directory / name, model.chunks, model.optimizer)
         trainer: dict[str, Any] = json.loads((directory / TRAINER).read_text())
-        if trainer["layout"] == self._layout:
+        if all(trainer[key] == value for key, value in self._ranks.items()):
             set_rng_state(_read_rng(directory / f"rng_{self.runtime.rank}.pt"))
         else:
             seed_everything(trainer["step"])
         return trainer
 
     @property
-    def _layout(self) -> list[int | None]:
-        """Ranks, and how they are cut."""
-        return [self.runtime.world_size, *self.runtime.layout.sizes]
+    def _ranks(self) -> dict[str, Any]:
+        """How many there are, and how they are cut."""
+        return {"world_size": self.runtime.world_size, "layout": list(self.runtime.layout.sizes)}
 
     def _drop_oldest(self, newest: Path) -> None:
         """Keeps the last ones up to `newest`. Later steps are those of a line that somebody went back from: they go first."""

@@ -27,6 +27,7 @@ from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.run_directory import LATEST, resolve_model_directory
 
+ONE_RANK = {"world_size": 1, "layout": [1, 1, None, 1, 1, 1]}
 OPTIMIZER = OptimizerConfig(lr=0.01, lr_decay_style=DecayStyle.constant)
 
 
@@ -103,7 +104,7 @@ def test_training_goes_on_exactly(build: str, store: CheckpointStore) -> None:
 
     for others in (MODELS[build](), models):
         trainer = store.load(others)
-        assert trainer == {"position": 7, "step": 2, "world_size": 1}
+        assert trainer == {"position": 7, "step": 2, **ONE_RANK}
         assert differences(state_of(others), saved) == []
         train(others, 2, 3, 4)
         assert differences(state_of(others), expected) == []
@@ -209,7 +210,7 @@ def test_a_step_that_is_there_already_is_replaced(store: CheckpointStore) -> Non
     train(models, 0)
     store.save(1, models, {"attempt": 2})
     other = {"policy": policy()}
-    assert store.load(other) == {"attempt": 2, "step": 1, "world_size": 1}
+    assert store.load(other) == {"attempt": 2, "step": 1, **ONE_RANK}
     assert differences(state_of(other), state_of(models)) == []
 
 
@@ -239,7 +240,7 @@ def test_a_save_that_fails_leaves_the_one_before(broken: str, store: CheckpointS
     complete = [path.name for path in store.folder.glob("step_*")]
     assert ("step_00000002" in complete) == (broken == "write_atomically"), "a step's folder has its name once it is whole"
     fresh = {"policy": policy(), "discriminator": discriminator()}
-    assert store.load(fresh) == {"step": 1, "world_size": 1}
+    assert store.load(fresh) == {"step": 1, **ONE_RANK}
     assert differences(state_of(fresh), saved) == []
 
     store.save(2, models, {})
