@@ -19,6 +19,19 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class TransformerImpl(StrEnum):
+    auto = "auto"  # Transformer Engine for a bf16 model on a CUDA device where it is installed, otherwise local
+    local = "local"  # Megatron's own layers: no package needed, any device
+    transformer_engine = "transformer_engine"
+
+
+class Fp8Recipe(StrEnum):
+    delayed = "delayed"  # one scale a tensor, from the values of earlier steps
+    tensorwise = "tensorwise"  # one scale a tensor, from its own values
+    blockwise = "blockwise"  # one scale for 1 x 128 values, 128 x 128 of a weight
+    mxfp8 = "mxfp8"  # one scale for 32 values; Blackwell
+
+
 class Device(StrEnum):
     auto = "auto"  # CUDA where there is one, otherwise the CPU
     cpu = "cpu"
@@ -117,6 +130,8 @@ class ModelConfig:
 
     path: str = MISSING  # a HuggingFace directory, or a checkpoint directory of this project
     precision: Precision = Precision.bf16  # of parameters and activations
+    transformer_impl: TransformerImpl = TransformerImpl.auto  # of the language layers; auto: Transformer Engine where it runs
+    fp8_recipe: Fp8Recipe | None = None  # products of the language layers in FP8, scaled so; needs Transformer Engine and bf16
     freeze_vision_model: bool = False  # vision tower and its mergers
     freeze_language_model: bool = False  # everything else
 
@@ -127,6 +142,8 @@ class DiscriminatorConfig:
 
     path: str | None = None  # a warmed-up discriminator (align), or the dense model to upcycle (warmup)
     precision: Precision = Precision.bf16  # of parameters and activations
+    transformer_impl: TransformerImpl = TransformerImpl.auto  # of the language layers; auto: Transformer Engine where it runs
+    fp8_recipe: Fp8Recipe | None = None  # products of the language layers in FP8, scaled so; needs Transformer Engine and bf16
     freeze_vision_model: bool = False  # vision tower and its mergers
     num_experts: int = 4  # 1: a dense discriminator
     moe_router_topk: int = 2  # experts a token reaches

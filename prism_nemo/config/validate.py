@@ -12,6 +12,7 @@ from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.discriminator import check_warmed_up
+from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import (
     EP,
@@ -103,7 +104,10 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_optimizer(config.discriminator_optimizer, config.trainer, "discriminator_optimizer")
         _check_offload(config.discriminator_optimizer, config.discriminator.precision, "discriminator_optimizer")
         _check_probe_gate(config)
+    if not isinstance(config, WarmupConfig):
+        check_layers(config.model, config.runtime.device, "model")
     if isinstance(config, AlignConfig | WarmupConfig):
+        check_layers(config.discriminator, config.runtime.device, "discriminator")
         _check_discriminator(config.discriminator)
     if isinstance(config, AlignConfig | RLVRConfig):
         _check_group(config.rollout)
