@@ -36,3 +36,17 @@ class RowShard:
         place = self.row_order[index] - self.rank * self.tokens.numel()
         here = (place >= 0) & (place < self.tokens.numel())
         return here, place[here]
+
+
+def share_out(costs: list[int], size: int) -> list[list[int]]:
+    """Items dealt out to `size` ranks so that the sums of their costs are alike: the dearest first, each to whom has least.
+
+    Ascending indices for every rank; the same on all ranks.
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    sums = [0] * size
+    for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = min(range(size), key=lambda rank: (sums[rank], rank))
+        shares[rank].append(item)
+        sums[rank] += costs[item]
+    return [sorted(share) for share in shares]

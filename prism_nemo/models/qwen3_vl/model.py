@@ -23,7 +23,7 @@ from prism_nemo.models.qwen3_vl.language import Qwen3VLLanguageModel, gather_row
 from prism_nemo.models.qwen3_vl.spec import set_recompute
 from prism_nemo.models.qwen3_vl.vision import Qwen3VLVisionModel
 from prism_nemo.packing.rows import PackedRow
-from prism_nemo.packing.shards import RowShard
+from prism_nemo.packing.shards import RowShard, share_out
 
 
 class Qwen3VLModel(MegatronModule):
@@ -137,7 +137,47 @@ class Qwen3VLModel(MegatronModule):
     def _see(self, row: PackedRow) -> tuple[Tensor, list[Tensor]]:
         """Visual tokens and deepstack features of the row's images; a frozen tower keeps no activations."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_is_trained):
-            return self.vision_model(row.pixel_values, row.image_grid_thw)
+            if self.pg_collection.cp.size() == 1:
+                return self.vision_model(row.pixel_values, row.image_grid_thw)
+            return self._see_together(row)
+
+    def _see_together(self, row: PackedRow) -> tuple[Tensor, list[Tensor]]:
+        """Context-parallel ranks have the same images: each sees whole ones, as many patches as the others, and all get all.
+
+        Each rank's gradient is that of its own tokens; it comes back summed to the rank that saw the image.
+        """
+        group = self.pg_collection.cp
+        patches = row.image_grid_thw.prod(dim=1).tolist()
+        merged = [count // self.shape.vision.spatial_merge_size**2 for count in patches]
+        shares = share_out(patches, group.size())
+        longest = max(sum(merged[image] for image in share) for share in shares)
+        own = self._see_some(row, patches, shares[group.rank()], longest)
+        gathered = tensor_parallel.gather_from_sequence_parallel_region(
+            own, group=group
+        )  # [ranks * longest, 1 + features, hidden]
+        starts = [0] * len(patches)
+        for rank, share in enumerate(shares):
+            cursor = rank * longest
+            for image in share:
+                starts[image] = cursor
+                cursor += merged[image]
+        places = [torch.arange(start, start + count) for start, count in zip(starts, merged, strict=True)]
+        tokens, *features = gathered[torch.cat(places).to(gathered.device)].unbind(1)
+        return tokens, features
+
+    def _see_some(self, row: PackedRow, patches: list[int], images: list[int], length: int) -> Tensor:
+        """Tokens and features, [length, 1 + features, hidden], of some of the row's images; zeros behind them.
+
+        A rank without any still runs the tower when it is trained, as in a row without images.
+        """
+        if images:
+            parts = row.pixel_values.split(patches)
+            tokens, features = self.vision_model(torch.cat([parts[image] for image in images]), row.image_grid_thw[images])
+            own = torch.stack([tokens, *features], dim=1)
+            return torch.nn.functional.pad(own, (0, 0, 0, 0, 0, length - own.shape[0]))
+        shape = (length, 1 + len(self.shape.vision.deepstack_layers), self.shape.hidden_size)
+        nothing = torch.zeros(shape, dtype=self.config.params_dtype, device=row.input_ids.device)
+        return nothing + self._vision_anchor(row).to(nothing.dtype) if torch.is_grad_enabled() else nothing
 
     def _vision_anchor(self, row: PackedRow) -> Tensor:
         """Zero, with a graph through every parameter of the tower."""
