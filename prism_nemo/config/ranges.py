@@ -48,6 +48,7 @@ class Range:
 
 COUNT = Range(1)
 COUNT_OR_NONE = Range(0)
+FRAMES = Range(2)  # two make one patch in time
 POSITIVE = Range(0.0, open="low")
 NOT_NEGATIVE = Range(0.0)
 SHARE = Range(0.0, 1.0)
@@ -93,6 +94,11 @@ RANGES: dict[type, dict[str, Range]] = {
         "max_response_length": COUNT,
         "image_min_pixels": COUNT,
         "image_max_pixels": COUNT,
+        "video_fps": POSITIVE,
+        "video_min_frames": FRAMES,
+        "video_max_frames": FRAMES,
+        "video_min_pixels": COUNT,
+        "video_max_pixels": COUNT,
         "max_bad_sample_share": SHARE,
     },
     TrainerConfig: {

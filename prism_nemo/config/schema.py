@@ -177,16 +177,21 @@ class OptimizerConfig:
 
 @dataclass
 class DataConfig:
-    """Records, images and their limits."""
+    """Records, images, videos and their limits."""
 
     train: str | None = None  # a .json, .jsonl or .parquet file of records
     validation: str | None = None  # held-out records in the same formats; evaluation reads these
-    image_root: str | None = None  # images must lie below it; null: the folder of the data file
+    image_root: str | None = None  # images and videos must lie below it; null: the folder of the data file
     system_prompt: str | None = None  # null: the prompt that asks for <caption>, <think>, <answer>
-    max_prompt_length: int = 2048  # tokens, images included
+    max_prompt_length: int = 2048  # tokens, images and videos included
     max_response_length: int = 8192  # tokens
     image_min_pixels: int | None = None  # null: the processor's own
     image_max_pixels: int | None = None  # null: the processor's own
+    video_fps: float = 2.0  # frames a second that the model sees of a video; where frames have timestamps: all of them
+    video_min_frames: int = 4  # of a short video, as far as it has them
+    video_max_frames: int = 768  # of a long video, spread over it; a video with more timestamps is refused
+    video_min_pixels: int | None = None  # of all its frames together; null: the processor's own
+    video_max_pixels: int | None = None  # of all its frames together; null: the processor's own
     shuffle: bool = True  # the training records, in an order fixed by the seed
     max_bad_sample_share: float = 0.01  # unusable records are counted, listed and skipped up to this share
 

@@ -197,13 +197,18 @@ def _check_row_budget(config: StageConfig) -> None:
 
 
 def _check_pixels(data: DataConfig) -> None:
-    low, high = data.image_min_pixels, data.image_max_pixels
-    if low is not None and high is not None and low > high:
-        raise ConfigError(
-            f"images cannot have at least {low} and at most {high} pixels",
-            where="data.image_min_pixels, data.image_max_pixels",
-            remedy="make the first at most the second",
-        )
+    for name, low, high in (
+        ("image_{}_pixels", data.image_min_pixels, data.image_max_pixels),
+        ("video_{}_pixels", data.video_min_pixels, data.video_max_pixels),
+        ("video_{}_frames", data.video_min_frames, data.video_max_frames),
+    ):
+        if low is not None and high is not None and low > high:
+            kind, _, unit = name.split("_")
+            raise ConfigError(
+                f"{kind}s cannot have at least {low} and at most {high} {unit}",
+                where=", ".join(f"data.{name.format(end)}" for end in ("min", "max")),
+                remedy="make the first at most the second",
+            )
 
 
 def _check_discriminator(discriminator: DiscriminatorConfig) -> None:

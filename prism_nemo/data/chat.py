@@ -1,13 +1,15 @@
-"""Prompt and images -> tokens and patches, response -> tokens, tokens -> text: Qwen3-VL's chat form, one way for every stage.
+"""Prompt and pictures -> tokens and patches, response -> tokens, tokens -> text: Qwen3-VL's chat form, one way for every stage.
 
-A prompt is a system turn that asks for the response format, a user turn with each image at its `<image>` placeholder, and the
-opening of the assistant's turn, as the model's own chat template writes them. A response, and a discriminator's segment alike,
-is its text's tokens and the end-of-turn token. Text can never become a special token, and nothing is ever cut.
+A prompt is a system turn that asks for the response format, a user turn with each image and video at its `<image>` or `<video>`
+placeholder, and the opening of the assistant's turn, as the model's own chat template writes them. A response, and a
+discriminator's segment alike, is its text's tokens and the end-of-turn token. Text can never become a special token, and nothing
+is ever cut.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,19 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.images import load_image
-from prism_nemo.data.records import IMAGE_PLACEHOLDER, Record
+from prism_nemo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, VideoSource
+from prism_nemo.data.video import CONFIG_FILE, VideoProcessor
+from prism_nemo.data.video_frames import open_video
+from prism_nemo.data.visuals import (
+    IMAGE_PAD,
+    MAX_ASPECT_RATIO,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    VisualBlock,
+    expand_pads,
+    image_block,
+)
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt, text_prompt
 from prism_nemo.packing.positions import mrope_positions
@@ -34,17 +48,18 @@ DEFAULT_SYSTEM_PROMPT = (
     "<answer> the final answer alone </answer>"
 )
 END_OF_TURN = "<|im_end|>"
-IMAGE_PAD = "<|image_pad|>"
 GENERATION_PROMPT = "<|im_start|>assistant\n"
-MAX_ASPECT_RATIO = 200  # the image processor's own bound
+_PLACEHOLDERS = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
+_MARKERS = re.compile("|".join(map(re.escape, (VIDEO_PAD, VISION_START, VISION_END))))
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 class ChatEncoder:
     """Encodes records for one model.
 
-    model_config is the parsed `config.json` of a Qwen3-VL; the tokenizer and the image processor are its own. Image paths are
-    taken below `image_root`; None allows only records without image files. Raises ConfigError when the four do not fit together.
+    model_config is the parsed `config.json` of a Qwen3-VL; the tokenizer and the image processor are its own, and video_config is
+    its parsed `video_preprocessor_config.json`, without which there can be no videos. Image and video paths are taken below
+    `image_root`; None allows only records without files. Raises ConfigError when they do not fit together.
     """
 
     def __init__(
@@ -55,6 +70,7 @@ class ChatEncoder:
         data: DataConfig,
         *,
         image_root: Path | None,
+        video_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -69,9 +85,9 @@ class ChatEncoder:
         self.vocab_size = text["vocab_size"]  # the model's, which may exceed the tokenizer's
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.image_token_id = self._model_token(model_config, "image_token_id", IMAGE_PAD)
-        self.video_token_id = self._model_token(model_config, "video_token_id", "<|video_pad|>")
-        self.vision_start_token_id = self._model_token(model_config, "vision_start_token_id", "<|vision_start|>")
-        self.vision_end_token_id = self._model_token(model_config, "vision_end_token_id", "<|vision_end|>")
+        self.video_token_id = self._model_token(model_config, "video_token_id", VIDEO_PAD)
+        self.vision_start_token_id = self._model_token(model_config, "vision_start_token_id", VISION_START)
+        self.vision_end_token_id = self._model_token(model_config, "vision_end_token_id", VISION_END)
         self.end_token_id = self._token_id(END_OF_TURN)
         if tokenizer.pad_token_id is None:
             raise ConfigError(
@@ -82,6 +98,7 @@ class ChatEncoder:
         self._special_ids = {index for index in added if added[index].special} | set(tokenizer.all_special_ids)
         self.banned_token_ids = self._find_banned()
         self._image_size = self._find_image_size(vision)
+        self._video_processor = None if video_config is None else VideoProcessor.from_config(video_config, vision, data)
         self._system_prompt = DEFAULT_SYSTEM_PROMPT if data.system_prompt is None else data.system_prompt
         self._check_template()
 
@@ -100,6 +117,8 @@ class ChatEncoder:
             model_config = json.loads((directory / "config.json").read_bytes())
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, local_files_only=True)
+            video_file = directory / CONFIG_FILE
+            video_config = json.loads(video_file.read_bytes()) if video_file.is_file() else None
         except Exception as error:  # a damaged tokenizer.json raises a bare Exception
             raise ConfigError(
                 f"the tokenizer or image processor cannot be loaded: {error}",
@@ -109,21 +128,22 @@ class ChatEncoder:
         if image_root is None:
             file = data.train or data.validation
             image_root = Path(data.image_root) if data.image_root else Path(file).parent if file else None
-        return cls(tokenizer, image_processor, model_config, data, image_root=image_root)
+        return cls(tokenizer, image_processor, model_config, data, image_root=image_root, video_config=video_config)
 
     def encode_prompt(self, record: Record) -> EncodedPrompt:
         """The record's prompt up to the opening of the assistant's turn.
 
-        Raises DataError, naming the record, for an unusable image, text that holds special tokens or words the tokenizer does
-        not know, and a prompt longer than `data.max_prompt_length`.
+        Raises DataError, naming the record, for an unusable image or video, text that holds special tokens or words the tokenizer
+        does not know, and a prompt longer than `data.max_prompt_length`; ConfigError where videos need what is not there.
         """
         try:
             prompt = self._encode_prompt(record)
             if len(prompt) > self.data.max_prompt_length:
-                image_tokens, limit = int(prompt.image_mask.sum()), self.data.max_prompt_length
+                visual_tokens, limit = int(prompt.image_mask.sum()), self.data.max_prompt_length
+                smaller = "data.video_max_pixels or data.video_fps" if record.videos else "data.image_max_pixels"
                 raise DataError(
-                    f"the prompt has {len(prompt)} tokens ({image_tokens} of them image), the limit is {limit}",
-                    remedy="raise data.max_prompt_length, or lower data.image_max_pixels",
+                    f"the prompt has {len(prompt)} tokens ({visual_tokens} of them visual), the limit is {limit}",
+                    remedy=f"raise data.max_prompt_length, or lower {smaller}",
                 )
         except DataError as error:
             where = f"record {record.id}" + (f", {error.where}" if error.where else "")
@@ -155,53 +175,69 @@ class ChatEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _encode_prompt(self, record: Record) -> EncodedPrompt:
-        parts = record.prompt.split(IMAGE_PLACEHOLDER)
-        if len(parts) != len(record.images) + 1:
-            raise DataError(f"the prompt has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(record.images)} images")
-        for part in parts:
-            self._tokenize(part)  # refuses what must not be in a user's text
         content: list[dict[str, str]] = []
-        for index, part in enumerate(parts):
-            content += [{"type": "image"}] if index else []
-            content += [{"type": "text", "text": part}] if part else []
+        counts = {"image": 0, "video": 0}
+        for part in _PLACEHOLDERS.split(record.prompt):
+            if _PLACEHOLDERS.fullmatch(part):
+                kind = part.strip("<>")
+                counts[kind] += 1
+                content.append({"type": kind})
+            elif part:
+                self._tokenize(part)  # refuses what must not be in a user's text
+                content.append({"type": "text", "text": part})
+        for kind, given in (("image", len(record.images)), ("video", len(record.videos))):
+            if counts[kind] != given:
+                raise DataError(f"the prompt has {counts[kind]} <{kind}> placeholders for {given} {kind}s")
         text = self._render(content)
-        if not record.images:
-            return text_prompt(torch.tensor(self._ids(text), dtype=torch.int64), self.patch_size)
-        pixel_values, grid = self._patches([load_image(source, self.image_root) for source in record.images])
-        input_ids = torch.tensor(self._ids(self._expand_pads(text, grid)), dtype=torch.int64)
-        image_mask = input_ids == self.image_token_id
+        blocks = self._blocks(record, [part["type"] for part in content if part["type"] in counts])
+        text = expand_pads(text, blocks)
+        input_ids = torch.tensor(self._ids(text), dtype=torch.int64)
+        if not blocks:
+            return text_prompt(input_ids, self.patch_size)
+        image_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
+        grid = torch.cat([block.grid for block in blocks])
         return EncodedPrompt(
             input_ids=input_ids,
             position_ids=mrope_positions(input_ids, image_mask, grid, spatial_merge_size=self.spatial_merge_size),
             image_mask=image_mask,
-            pixel_values=pixel_values,
+            pixel_values=torch.cat([block.pixel_values for block in blocks]),
             image_grid_thw=grid,
         )
+
+    def _blocks(self, record: Record, kinds: Sequence[str]) -> list[VisualBlock]:
+        """The record's images and videos in the order of their placeholders."""
+        images = iter(self._image_blocks([load_image(source, self.image_root) for source in record.images]))
+        videos = iter(record.videos)
+        return [next(images) if kind == "image" else self._video_block(next(videos)) for kind in kinds]
+
+    def _video_block(self, source: VideoSource) -> VisualBlock:
+        if self._video_processor is None:
+            raise ConfigError(
+                f"the model directory has no {CONFIG_FILE}, which videos need", remedy="copy it from the HuggingFace model"
+            )
+        block = self._video_processor(open_video(source, self.image_root))
+        self._tokenize(_MARKERS.sub(" ", block.text))  # refuses timestamps where the vocabulary has no words for them
+        return block
 
     def _render(self, content: list[dict[str, str]]) -> str:
         messages = [{"role": "system", "content": self._system_prompt}, {"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def _expand_pads(self, text: str, grid: Tensor) -> str:
-        """One image token per merged patch, where the template wrote one per image."""
-        before, *rest = text.split(IMAGE_PAD)
-        counts = (grid.prod(dim=-1) // self.spatial_merge_size**2).tolist()
-        if len(rest) != len(counts):
-            raise ConfigError(
-                f"the chat template wrote {len(rest)} image tokens for {len(counts)} images",
-                remedy="use Qwen3-VL's chat template",
-            )
-        return before + "".join(IMAGE_PAD * count + part for count, part in zip(counts, rest, strict=True))
-
-    def _patches(self, images: list[Image]) -> tuple[Tensor, Tensor]:
-        """Patch vectors float32 [patches, patch_size] of all images, and their grids int64 [images, 3]."""
+    def _image_blocks(self, images: list[Image]) -> list[VisualBlock]:
         for image in images:
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise DataError(
                     f"the image is {image.width} x {image.height} pixels, more than {MAX_ASPECT_RATIO} times as long as wide"
                 )
+        if not images:
+            return []
         features = self.image_processor(images=images, size=self._image_size, return_tensors="pt")
-        return features["pixel_values"].to(torch.float32), features["image_grid_thw"].to(torch.int64)
+        grids = features["image_grid_thw"].to(torch.int64)
+        patches = features["pixel_values"].to(torch.float32).split(grids.prod(dim=-1).tolist())
+        return [
+            image_block(pixels, grid.unsqueeze(0), merge_size=self.spatial_merge_size)
+            for pixels, grid in zip(patches, grids, strict=True)
+        ]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

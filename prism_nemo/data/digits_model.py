@@ -24,7 +24,13 @@ _CHAT_TEMPLATE = """\
         {{- message.content }}
     {%- else %}
         {%- for part in message.content %}
-            {{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- else %}
+                {{- part.text }}
+            {%- endif %}
         {%- endfor %}
     {%- endif %}
     {{- '<|im_end|>\\n' }}

@@ -30,9 +30,9 @@ def load_image(source: ImageSource, root: Path | None) -> Image.Image:
     if source.data is not None:
         data, where = source.data, "image bytes in the record"
         if len(data) > MAX_IMAGE_BYTES:
-            raise _too_many_bytes(len(data), where)
+            raise too_many_bytes(len(data), where, limit=MAX_IMAGE_BYTES)
     elif source.path is not None:
-        file = _contained(source.path, root)
+        file = contained_file(source.path, root, max_bytes=MAX_IMAGE_BYTES)
         data, where = file.read_bytes(), str(file)
     else:
         raise DataError("the record's image has neither a path nor bytes")
@@ -51,11 +51,13 @@ def load_image(source: ImageSource, root: Path | None) -> Image.Image:
         ) from error
 
 
-def _contained(path: Path, root: Path | None) -> Path:
-    """`path` with links resolved, if it is a regular file of bearable size below `root`."""
+def contained(path: Path, root: Path | None, *, what: str = "image") -> Path:
+    """`path`, a file or folder, with links resolved, if it lies below `root`; otherwise a DataError that calls it `what`."""
     if root is None:
         raise DataError(
-            "the record names an image file, but there is no image root", where=str(path), remedy="set data.image_root"
+            f"the record names {'an' if what[0] in 'aeiou' else 'a'} {what} file, but there is no image root",
+            where=str(path),
+            remedy="set data.image_root",
         )
     try:
         allowed = root.resolve(strict=True)
@@ -67,26 +69,31 @@ def _contained(path: Path, root: Path | None) -> Path:
         file = (allowed / path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as error:  # missing; a null byte; a loop of links
         raise DataError(
-            "the image does not exist", where=str(root / path), remedy=f"image paths are relative to {root}"
+            f"the {what} does not exist", where=str(root / path), remedy=f"{what} paths are relative to {root}"
         ) from error
     if not file.is_relative_to(allowed):
         raise DataError(
-            "the image lies outside the image root",
+            f"the {what} lies outside the image root",
             where=f"{path} -> {file}",
             remedy=f"put it below {allowed}, or set data.image_root",
         )
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
-        raise DataError("the image is not a regular file", where=str(file))
-    if status.st_size > MAX_IMAGE_BYTES:
-        raise _too_many_bytes(status.st_size, str(file))
     return file
 
 
-def _too_many_bytes(size: int, where: str) -> DataError:
-    return DataError(
-        f"the image file has {size} bytes, the limit is {MAX_IMAGE_BYTES}", where=where, remedy="scale the image down"
-    )
+def contained_file(path: Path, root: Path | None, *, max_bytes: int, what: str = "image") -> Path:
+    """The same of a regular file of at most `max_bytes`."""
+    file = contained(path, root, what=what)
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        raise DataError(f"the {what} is not a regular file", where=str(file))
+    if status.st_size > max_bytes:
+        raise too_many_bytes(status.st_size, str(file), limit=max_bytes, what=what)
+    return file
+
+
+def too_many_bytes(size: int, where: str, *, limit: int, what: str = "image") -> DataError:
+    remedy = "scale the image down" if what == "image" else "cut it into shorter ones, or give its frames as images"
+    return DataError(f"the {what} file has {size} bytes, the limit is {limit}", where=where, remedy=remedy)
 
 
 def _refuse_bomb(pixels: int, where: str) -> None:

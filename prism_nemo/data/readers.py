@@ -3,17 +3,16 @@
 Both forms may come as .json (a list), .jsonl or .parquet. A record is
 
 * `messages` [{role, content}] or `conversations` [{from, value}] (an optional system turn, one user turn, at most one assistant
-  turn), `images`, and optionally `id`, `answer`, `caption`, `probe_response`, `student_response`, `metadata`; or
-* `prompt`, `image`/`images`, and for `teacher` and `student` either `…_response`, or `…_caption` and `…_cot` (with `…_answer`
-  when the reasoning does not hold its answer; for the teacher, `answer`).
+  turn), `images`, `videos`, and optionally `id`, `answer`, `caption`, `probe_response`, `student_response`, `metadata`; or
+* `prompt`, `image`/`images`, `video`/`videos`, and for `teacher` and `student` either `…_response`, or `…_caption` and `…_cot`
+  (with `…_answer` when the reasoning does not hold its answer; for the teacher, `answer`).
 
-An image is a path relative to the image root, bytes, or {"bytes": …, "path": …}. URLs are not fetched.
+Images and videos are as `prism_nemo.data.sources` says; a turn's content may also be a list of parts, as in chat templates.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.bad_records import BadRecord, refuse_bad_share
-from prism_nemo.data.records import IMAGE_PLACEHOLDER, ImageSource, Record
+from prism_nemo.data.records import Record
+from prism_nemo.data.sources import Content, kind_of, read_content, with_record_fields
 from prism_nemo.errors import DataError
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/|data:")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ def _json_items(path: Path) -> Iterator[tuple[int, object]]:
         ) from error
     if not isinstance(items, list):
         raise DataError(
-            f"the file holds {_kind(items)}, not a list of records", where=str(path), remedy="use .jsonl for one record per line"
+            f"the file holds {kind_of(items)}, not a list of records",
+            where=str(path),
+            remedy="use .jsonl for one record per line",
         )
     yield from enumerate(items, start=1)
 
@@ -128,16 +129,15 @@ def _record_id(item: object, default: str) -> str:
 
 def _to_record(item: object, record_id: str, root: Path) -> Record:
     if not isinstance(item, Mapping):
-        raise DataError(f"a record is an object, this is {_kind(item)}")
-    for unsupported in ("videos", "audios"):
-        if item.get(unsupported):
-            raise DataError(f"{unsupported} are not supported", remedy="leave the record out, or give its frames as images")
+        raise DataError(f"a record is an object, this is {kind_of(item)}")
+    if item.get("audios"):
+        raise DataError("audios are not supported", remedy="leave the record out")
     metadata = dict(_optional(item, "metadata", Mapping) or {})
     if "messages" in item or "conversations" in item:
-        system, prompt, response = _sharegpt_texts(item)
+        system, content, response = _sharegpt_turns(item, root)
         student = _text(item, "student_response")
     elif "prompt" in item or "question" in item:
-        system, prompt = _text(item, "system"), _text(item, "prompt") or _text(item, "question") or ""
+        system, content = _text(item, "system"), Content(_text(item, "prompt") or _text(item, "question") or "")
         response, student = _pair_side(item, "teacher"), _pair_side(item, "student")
     else:
         raise DataError(
@@ -146,11 +146,12 @@ def _to_record(item: object, record_id: str, root: Path) -> Record:
         )
     if system is not None:
         metadata["system"] = system
-    images = _images(item, root)
+    content = with_record_fields(content, item, root)
     return Record(
         id=record_id,
-        prompt=_with_placeholders(prompt, len(images)),
-        images=images,
+        prompt=content.text,
+        images=content.images,
+        videos=content.videos,
         response=response,
         student_response=student,
         answer=_answer(item, "answer"),
@@ -160,33 +161,34 @@ def _to_record(item: object, record_id: str, root: Path) -> Record:
     )
 
 
-def _sharegpt_texts(item: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
-    """The system text, the user's text and the assistant's."""
+def _sharegpt_turns(item: Mapping[str, Any], root: Path) -> tuple[str | None, Content, str | None]:
+    """The system's text, the user's content and the assistant's text."""
     name = "messages" if "messages" in item else "conversations"
     turns = item[name]
     if not isinstance(turns, list):
-        raise DataError(f"`{name}` is {_kind(turns)}, not a list of turns")
-    texts: dict[str, str] = {}
+        raise DataError(f"`{name}` is {kind_of(turns)}, not a list of turns")
+    contents: dict[str, Content] = {}
     roles = []
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise DataError(f"a turn of `{name}` is {_kind(turn)}, not an object")
+            raise DataError(f"a turn of `{name}` is {kind_of(turn)}, not an object")
         given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise DataError(f"a turn has the role {given!r}", remedy=f"known roles: {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise DataError(f"the {given} turn holds {_kind(content)}, not text")
-        if role == "assistant" and not content.strip():
+        contents[role] = found = read_content(content, root, turn=str(given))
+        if role != "user" and (found.images or found.videos):
+            raise DataError(f"the {given} turn holds images or videos", remedy="they belong into the user's turn")
+        if role == "assistant" and not found.text.strip():
             raise DataError("the assistant's turn is empty", remedy="leave the turn out where there is no response")
         roles.append(role)
-        texts[role] = content
     if [role for role in roles if role != "system"] not in (["user"], ["user", "assistant"]) or "system" in roles[1:]:
         raise DataError(
             f"the turns are {', '.join(roles) or 'none'}",
             remedy="an optional system turn, one user turn, at most one assistant turn",
         )
-    return texts.get("system", _text(item, "system")), texts["user"], texts.get("assistant")
+    system = contents["system"].text if "system" in contents else _text(item, "system")
+    return system, contents["user"], contents["assistant"].text if "assistant" in contents else None
 
 
 def _pair_side(item: Mapping[str, Any], side: str) -> str | None:
@@ -213,42 +215,6 @@ def _pair_side(item: Mapping[str, Any], side: str) -> str | None:
     return f"{caption} {reasoning}"
 
 
-def _images(item: Mapping[str, Any], root: Path) -> tuple[ImageSource, ...]:
-    given = item.get("images")
-    if given is None:
-        given = item.get("image")
-    if given is None:
-        return ()
-    return tuple(_image_source(image, root) for image in (given if isinstance(given, list) else [given]))
-
-
-def _image_source(image: object, root: Path) -> ImageSource:
-    if isinstance(image, Mapping):
-        data = image.get("bytes")
-        image = image.get("path") if data is None else data
-    if isinstance(image, bytes):
-        return ImageSource(data=image)
-    if not isinstance(image, str) or not image or "\0" in image:
-        raise DataError(f"an image is {_kind(image)}, not a path or bytes")
-    if _URL.match(image):
-        raise DataError(f"the image {image[:80]!r} is a URL", remedy="URLs are not fetched: download the image and give its path")
-    return ImageSource(path=root / image)
-
-
-def _with_placeholders(prompt: str, num_images: int) -> str:
-    found = prompt.count(IMAGE_PLACEHOLDER)
-    if num_images and not found:
-        prompt, found = IMAGE_PLACEHOLDER * num_images + prompt, num_images
-    if found != num_images:
-        raise DataError(
-            f"the prompt has {found} {IMAGE_PLACEHOLDER} placeholders for {num_images} images",
-            remedy="one placeholder per image, in order",
-        )
-    if not prompt.strip():
-        raise DataError("the prompt is empty")
-    return prompt
-
-
 def _text(item: Mapping[str, Any], name: str) -> str | None:
     return _optional(item, name, str)
 
@@ -262,18 +228,5 @@ def _answer(item: Mapping[str, Any], name: str) -> str | None:
 def _optional(item: Mapping[str, Any], name: str, kind: type) -> Any:
     value = item.get(name)
     if value is not None and not isinstance(value, kind):
-        raise DataError(f"`{name}` is {_kind(value)}")
+        raise DataError(f"`{name}` is {kind_of(value)}")
     return value
-
-
-def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        type(None): "nothing",
-    }
-    return names.get(type(value), type(value).__name__)

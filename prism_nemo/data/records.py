@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,26 @@ class ImageSource:
 
 
 @dataclass(frozen=True)
+class VideoSource:
+    """Where a video's frames are, and when each was taken.
+
+    Exactly one of `frames` (an image each, in order), `path` (a folder of frames, or a video file, below the image root) and
+    `data` (a video file's bytes). Frames and folders have either `fps`, frames a second from time 0, or `timestamps`, the
+    seconds of every frame; a video file knows its own.
+    """
+
+    frames: tuple[ImageSource, ...] = ()
+    path: Path | None = None
+    data: bytes | None = None
+    fps: float | None = None
+    timestamps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """One prompt with what the stages need to know about it.
 
-    prompt            the user's text, with one `<image>` placeholder per image, in order
+    prompt            the user's text, with one `<image>` placeholder per image and one `<video>` per video, in order
     response          SFT: the demonstration; warm-up and alignment: the teacher's response
     student_response  warm-up: the other side of the pair
     answer            RLVR and evaluation: the verified answer
@@ -38,4 +55,5 @@ class Record:
     answer: str | None = None
     caption: str | None = None
     probe_response: str | None = None
+    videos: tuple[VideoSource, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -234,7 +234,7 @@ def test_prompt_at_the_limit_and_beyond(encoder: ChatEncoder) -> None:
     with pytest.raises(DataError) as error:
         with_data(encoder, max_prompt_length=length - 1).encode_prompt(record)
     text = str(error.value)
-    assert f"{length} tokens (8 of them image), the limit is {length - 1}" in text
+    assert f"{length} tokens (8 of them visual), the limit is {length - 1}" in text
     assert "record long-1" in text and "data.max_prompt_length" in text
 
 
@@ -302,7 +302,7 @@ def test_chat_templates_that_cannot_work() -> None:
     blind = byte_level_tokenizer()
     blind.chat_template = blind.chat_template.replace("<|image_pad|>", "")
     own = ChatEncoder(blind, image_processor(), model_config(blind), DataConfig(), image_root=None)
-    with pytest.raises(ConfigError, match="wrote 0 image tokens for 1 images"):
+    with pytest.raises(ConfigError, match="wrote 0 image and 0 video tokens, the prompt has 1 image and 0 video tokens"):
         own.encode_prompt(Record("p", "<image>", (picture(32, 32),)))
 
 

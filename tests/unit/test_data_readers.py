@@ -169,7 +169,7 @@ def test_parquet_with_plain_byte_images(tmp_path: Path) -> None:
         ({"prompt": "q", "image": "a\0b"}, "not a path or bytes"),
         ({"prompt": "q", "images": [3]}, "an image is a number"),
         ({"prompt": "q", "images": [{"path": None}]}, "an image is nothing"),
-        ({"prompt": "q", "videos": ["a.mp4"]}, "videos are not supported"),
+        ({"prompt": "q", "audios": ["a.wav"]}, "audios are not supported"),
         ({"prompt": 3}, "`prompt` is a number"),
         ({"prompt": "q", "answer": True}, "`answer` is true or false"),
         ({"prompt": "q", "caption": ["c"]}, "`caption` is a list"),
