@@ -28,11 +28,12 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
+from prism_nemo.config.schema import Fp8Recipe
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
@@ -96,6 +97,25 @@ def _tensors_alone(optimizer_state: Any) -> Any:
     )
 
 
+def _has_fp8_history(chunk: Any) -> bool:
+    """Whether FP8 scales come from earlier steps, so that a run can only go on as it was with those of its checkpoint."""
+    return chunk.config.fp8 is not None and chunk.config.fp8_recipe == Fp8Recipe.delayed.value
+
+
+def _without_extra_states(state: Any) -> Any:
+    """A model's state without what Transformer Engine keeps beside weights, as if the checkpoint had empty ones.
+
+    It depends on how layers were made and on the FP8 recipe, and is a pickle. Weights do neither: so a checkpoint of any layers
+    loads into any others, with such objects in it or without.
+    """
+
+    def emptied(leaf: Any) -> Any:
+        is_extra = isinstance(leaf, ShardedObject) and leaf.key.endswith("._extra_state")
+        return LocalNonpersistentObject(None) if is_extra else leaf
+
+    return dict_list_map_outplace(emptied, state)
+
+
 def _unwrapped(leaf: Any) -> Any:
     return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
@@ -141,6 +161,9 @@ def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
             optimizer.prepare_for_loading(updates)
             optimizer_state = optimizer.optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
             state["optimizer"] = _tensors_alone(optimizer_state)
+        for index, chunk in enumerate(chunks_of(model)):
+            if optimizer is None or not _has_fp8_history(chunk):
+                state[f"model{index}"] = _without_extra_states(state[f"model{index}"])
         loaded = dist_checkpointing.load(state, str(directory))
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import pickle
 import random
@@ -23,6 +24,24 @@ from prism_nemo.engine.layouts import Layout
 from prism_nemo.errors import ConfigError, LayoutError
 
 
+@dataclass
+class RowLengths:
+    """What packed rows are padded to: every rank that shares a row gets a slice, and FP8 wants slices of certain lengths."""
+
+    slices: int  # ranks that share a row's tokens
+    multiple: int  # of every row's length, in tokens
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> RowLengths:
+        """Context-parallel ranks take two pieces of a row each."""
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        return cls(tp * cp, tp * (2 * cp if cp > 1 else 1))
+
+    def require(self, tokens_per_rank: int) -> None:
+        """From now on a slice is also a multiple of this."""
+        self.multiple = math.lcm(self.multiple, self.slices * tokens_per_rank)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process's place in one layout. Data-parallel ranks hold different samples; all others hold parts of the same model."""
@@ -33,7 +52,16 @@ class Runtime:
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
-    row_multiple: int  # packed rows are padded to a multiple of this
+    row_lengths: RowLengths
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows are padded to a multiple of this."""
+        return self.row_lengths.multiple
+
+    def require_tokens_per_rank(self, tokens: int) -> None:
+        """A model that runs here needs every rank's slice of a row to be a multiple of this; asked before rows are packed."""
+        self.row_lengths.require(tokens)
 
     @property
     def is_main(self) -> bool:
@@ -183,8 +211,7 @@ def _place(layout: Layout, parallel: ParallelConfig, device: torch.device) -> Ru
         world_size=dist.get_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        row_multiple=parallel.tensor_model_parallel_size
-        * (2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1),
+        row_lengths=RowLengths.of(parallel),
     )
 
 

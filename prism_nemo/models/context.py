@@ -74,6 +74,7 @@ class RowContext:
     routing: RoutingContext | None = None
     cache: KeyValueCache | None = None
     shard: RowShard | None = None  # the tokens that this context-parallel rank holds; None: all
+    fp8: bool = False  # an FP8 model runs in FP8; not so where lengths are any: prompts and decoded tokens of rollouts
 
 
 def token_kinds(row: PackedRow) -> Tensor:

@@ -23,6 +23,7 @@ from prism_nemo.models.base import TrainableModel, build_chunks, freeze
 from prism_nemo.models.context import KIND_NAMES, RouterStatistics, RoutingContext, token_kinds
 from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
+from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind, layer_kind
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.upcycle import upcycle, upcycled_config
 from prism_nemo.models.weights import canonical_parameters, load_weights
@@ -34,9 +35,15 @@ class DiscriminatorModule(Qwen3VLModel):
     """`forward` gives the scores of a row's segments, fp32 [S], on the last pipeline stage."""
 
     def __init__(
-        self, shape: Qwen3VLShape, parallel: ParallelConfig, config: DiscriminatorConfig, *, vp_stage: int | None = None
+        self,
+        shape: Qwen3VLShape,
+        parallel: ParallelConfig,
+        config: DiscriminatorConfig,
+        *,
+        vp_stage: int | None = None,
+        layers: LayerKind = LOCAL,
     ) -> None:
-        super().__init__(shape, parallel, config.precision, output_head=False, vp_stage=vp_stage)
+        super().__init__(shape, parallel, config.precision, output_head=False, vp_stage=vp_stage, layers=layers)
         self.options = config
         self.head_dropout = 0.0  # the warm-up stage sets it; scoring never drops anything
         if self.post_process:
@@ -98,8 +105,12 @@ class DiscriminatorModel(TrainableModel):
         source = load_model_config(path)
         hf_config = source if is_discriminator else upcycled_config(source, config)
         shape = Qwen3VLShape.from_hf(hf_config)
+        layers = layer_kind(config, runtime.device)
+        runtime.require_tokens_per_rank(layers.tokens_per_rank(parallel))
         with runtime.layout.active():
-            chunks = build_chunks(lambda vp_stage: DiscriminatorModule(shape, parallel, config, vp_stage=vp_stage), parallel)
+            chunks = build_chunks(
+                lambda vp_stage: DiscriminatorModule(shape, parallel, config, vp_stage=vp_stage, layers=layers), parallel
+            )
             if is_discriminator:
                 load_weights(chunks, path, hf_config, score_head=True)
             else:

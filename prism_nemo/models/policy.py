@@ -16,6 +16,7 @@ from prism_nemo.engine.runtime import Runtime
 from prism_nemo.models.base import TrainableModel, build_chunks, freeze
 from prism_nemo.models.context import RoutingContext, token_kinds
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
+from prism_nemo.models.qwen3_vl.fp8 import layer_kind
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.weights import export_hf_tensors, load_weights
 from prism_nemo.packing.rows import PackedRow
@@ -83,8 +84,12 @@ class PolicyModel(TrainableModel):
         path = resolve_model_directory(Path(config.path), self.name)
         hf_config = load_model_config(path)
         shape = Qwen3VLShape.from_hf(hf_config)
+        layers = layer_kind(config, runtime.device)
+        runtime.require_tokens_per_rank(layers.tokens_per_rank(parallel))
         with runtime.layout.active():
-            chunks = build_chunks(lambda vp_stage: PolicyModule(shape, parallel, config.precision, vp_stage=vp_stage), parallel)
+            chunks = build_chunks(
+                lambda vp_stage: PolicyModule(shape, parallel, config.precision, vp_stage=vp_stage, layers=layers), parallel
+            )
             load_weights(chunks, path, hf_config)
         for chunk in chunks:
             if config.freeze_vision_model and chunk.pre_process:

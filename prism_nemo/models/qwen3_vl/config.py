@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from prism_nemo.config.schema import ParallelConfig, Precision
 from prism_nemo.errors import ConfigError, LayoutError
+from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind
 
 gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -136,7 +137,7 @@ class Qwen3VLShape:
                     remedy=f"use a divisor of {size}",
                 )
 
-    def language_config(self, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:
+    def language_config(self, parallel: ParallelConfig, precision: Precision, layers: LayerKind = LOCAL) -> TransformerConfig:
         """Megatron's configuration of the language model."""
         tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         moe: dict[str, Any] = {}
@@ -147,6 +148,7 @@ class Qwen3VLShape:
                 "moe_ffn_hidden_size": self.moe.ffn_hidden_size,
                 "moe_router_dtype": "fp32",
                 "moe_router_load_balancing_type": "none",  # ours: models/router.py
+                "moe_grouped_gemm": layers.transformer_engine,
                 "expert_model_parallel_size": ep,
                 "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or (tp if ep == 1 else 1),
             }
@@ -176,7 +178,7 @@ class Qwen3VLShape:
             overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
             batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
             **moe,
-            **_common(precision),
+            **{**_common(precision), **layers.megatron_fields},
         )
 
     def vision_config(self, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
+from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind, fp8_contexts
 from prism_nemo.models.qwen3_vl.rope import mrope_cos_sin
 from prism_nemo.models.qwen3_vl.spec import RMSNorm, language_layer_spec
+from prism_nemo.models.qwen3_vl.te_spec import te_language_layer_spec
 
 
 class LanguageBlock(TransformerBlock):
@@ -50,11 +52,14 @@ class LanguageBlock(TransformerBlock):
         waiting = dict(enumerate(deepstack))
         if not self.pre_process:
             hidden, waiting = self._received(image_index, first)
-        for depth, layer in enumerate(self.layers, start=first):
-            hidden = layer.run(hidden, rotary, context)
-            if depth in waiting:
-                assert image_index is not None
-                hidden = hidden.index_add(0, image_index, waiting.pop(depth).unsqueeze(1).to(hidden.dtype))
+        around_all, around_each = fp8_contexts(self.config, context.fp8)
+        with around_all:
+            for depth, layer in enumerate(self.layers, start=first):
+                with around_each(depth):
+                    hidden = layer.run(hidden, rotary, context)
+                if depth in waiting:
+                    assert image_index is not None
+                    hidden = hidden.index_add(0, image_index, waiting.pop(depth).unsqueeze(1).to(hidden.dtype))
         if waiting and not self.post_process:
             hidden = torch.cat([hidden, *(feature.unsqueeze(1).to(hidden.dtype) for feature in waiting.values())])
         return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
@@ -80,6 +85,7 @@ class Qwen3VLLanguageModel(LanguageModule):
         post_process: bool,
         output_head: bool = True,
         vp_stage: int | None = None,
+        kind: LayerKind = LOCAL,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.shape = shape
@@ -96,9 +102,8 @@ class Qwen3VLLanguageModel(LanguageModule):
                 scatter_to_sequence_parallel=False,  # visual tokens are put in first
                 tp_group=pg_collection.tp,
             )
-        layers = [language_layer_spec(moe=shape.moe is not None)] * get_num_layers_to_build(
-            config, vp_stage, pg_collection.pp.rank()
-        )
+        spec = (te_language_layer_spec if kind.transformer_engine else language_layer_spec)(moe=shape.moe is not None)
+        layers = [spec] * get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         self.decoder = LanguageBlock(
             config,
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

@@ -19,6 +19,7 @@ from prism_nemo.config.schema import ParallelConfig, Precision
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.models.context import RoutingContext, RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
+from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind
 from prism_nemo.models.qwen3_vl.language import Qwen3VLLanguageModel, gather_rows
 from prism_nemo.models.qwen3_vl.spec import set_recompute
 from prism_nemo.models.qwen3_vl.vision import Qwen3VLVisionModel
@@ -37,9 +38,11 @@ class Qwen3VLModel(MegatronModule):
         *,
         output_head: bool = True,
         vp_stage: int | None = None,
+        layers: LayerKind = LOCAL,
     ) -> None:
         shape.check_layout(parallel)
-        super().__init__(config=shape.language_config(parallel, precision))
+        layers.check_sizes(shape, parallel)
+        super().__init__(config=shape.language_config(parallel, precision, layers))
         self.shape = shape
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
@@ -56,6 +59,7 @@ class Qwen3VLModel(MegatronModule):
             post_process=self.post_process,
             output_head=output_head,
             vp_stage=vp_stage,
+            kind=layers,
         )
         _mark_cut_weights(self)
         set_recompute(self, parallel)
@@ -77,10 +81,10 @@ class Qwen3VLModel(MegatronModule):
         device = row.input_ids.device
         group = self.pg_collection.cp
         if group.size() == 1:
-            return RowContext(RowAttention(row.layout, device), routing)
+            return RowContext(RowAttention(row.layout, device), routing, fp8=True)
         shard = RowShard.of(row.layout.length, group.rank(), group.size(), device)
         attention = RowAttention(row.layout, device, shard, group)
-        return RowContext(attention, None if routing is None else routing.of_shard(shard, group), shard=shard)
+        return RowContext(attention, None if routing is None else routing.of_shard(shard, group), shard=shard, fp8=True)
 
     def hidden_at(self, hidden: Tensor, index: Tensor, context: RowContext) -> tuple[Tensor, Tensor | None]:
         """Hidden states [n, hidden] of those of the row's tokens at `index` int64 [N] that this context-parallel rank holds.

@@ -102,7 +102,7 @@ class RowTransformerLayer(TransformerLayer):
         def layer(hidden: Tensor) -> Any:
             return self(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=context)[0]
 
-        return _checkpointed(layer, hidden) if self.recompute_all and torch.is_grad_enabled() else layer(hidden)
+        return self.recomputed(layer, hidden) if self.recompute_all and torch.is_grad_enabled() else layer(hidden)
 
     def forward(self, *args: Any, packed_seq_params: RowContext, **kwargs: Any) -> Any:
         self._routing = packed_seq_params.routing
@@ -116,12 +116,12 @@ class RowTransformerLayer(TransformerLayer):
                 self.mlp.router.context = routing
             return super(RowTransformerLayer, self)._forward_mlp(hidden, *args, **kwargs)
 
-        return _checkpointed(mlp, hidden_states) if self.recompute_mlp_part and torch.is_grad_enabled() else mlp(hidden_states)
+        again = self.recompute_mlp_part and torch.is_grad_enabled()
+        return self.recomputed(mlp, hidden_states) if again else mlp(hidden_states)
 
-
-def _checkpointed(function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """`function(hidden)`, computed again in backward. Layers draw no random numbers, so no generator is restored."""
-    return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False)
+    def recomputed(self, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+        """`function(hidden)`, computed again in backward. Layers draw no random numbers, so no generator is restored."""
+        return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_recompute(model: torch.nn.Module, parallel: ParallelConfig) -> None:
@@ -136,14 +136,17 @@ def set_recompute(model: torch.nn.Module, parallel: ParallelConfig) -> None:
             module.recompute_core = RecomputeModule.core_attn in modules
 
 
-def _attention(mask_type: AttnMaskType, qk_norm: type | None) -> ModuleSpec:
+def attention_spec(
+    mask_type: AttnMaskType, qk_norm: type | None, *, qkv: type = ColumnParallelLinear, proj: type = RowParallelLinear
+) -> ModuleSpec:
+    """Attention over packed rows, with these linear modules around it."""
     return ModuleSpec(
         module=PackedSelfAttention,
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=qkv,
             core_attention=_NoCoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=proj,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
@@ -166,7 +169,7 @@ def language_layer_spec(*, moe: bool) -> ModuleSpec:
         module=RowTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=_attention(AttnMaskType.causal, RMSNorm),
+            self_attention=attention_spec(AttnMaskType.causal, RMSNorm),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -182,7 +185,7 @@ def vision_layer_spec() -> ModuleSpec:
         module=RowTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=LayerNorm,
-            self_attention=_attention(AttnMaskType.no_mask, None),
+            self_attention=attention_spec(AttnMaskType.no_mask, None),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
