@@ -60,7 +60,8 @@ def _measure(
     sums: MetricSums = {}
     for batch in prompts.sample(rollout):
         sums = merge(sums, {**batch.metrics(), "reward": _rewards(batch, config)})
-        opened.experiment.log_samples(1, [{"decoding": name, **row} for row in batch.samples(len(batch.texts), {})])
+        rows = [{"decoding": name, **row} for row in batch.samples(len(batch.texts), {})]
+        opened.experiment.log_samples(1, [row for share in opened.runtime.gather_objects(rows) for row in share])
         opened.stop_if_told()
     result = reduce_metrics(sums, opened.runtime)
     opened.experiment.log_metrics(1, result, prefix=name)

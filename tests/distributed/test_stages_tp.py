@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from helpers.rows import one_rank
-from helpers.stages import assert_same_metrics, run_stage, settings, trained_policy, written
+from helpers.stages import MODULES, assert_same_metrics, run_stage, settings, trained_policy, written
 from torch import Tensor
 
 from prism_nemo.config.compose import load_config
@@ -106,7 +106,7 @@ def on_two_ranks(jobs: list[tuple[str, list[str]]], upcycle_from: str) -> dict[s
     with session(parallel, RuntimeConfig(device=Device.cpu)):
         weights = upcycled_weights(upcycle_from, parallel)
         for stage, overrides in jobs:
-            importlib.import_module(f"prism_nemo.stages.{stage}").run(load_config(stage, overrides))
+            importlib.import_module(f"prism_nemo.stages.{MODULES.get(stage, stage)}").run(load_config(stage, overrides))
     return weights
 
 
@@ -135,6 +135,7 @@ def launched(folder: Path) -> list[dict[str, Tensor]]:
         run = folder / "moved" / name
         run_stage(case.stage, run, *case.overrides, *steps(MOVED_STEPS[0]))
         jobs.append((case, settings(case.stage, run, *case.overrides, *case.layout, *steps(MOVED_STEPS[1]))))
+    jobs.append((Case("eval", (), DP), settings("eval", folder / "eval", "limit_samples=7", "rollout.max_batch_size=2")))
     jobs.sort(key=lambda job: next(iter(job[0].layout), ""), reverse=True)  # building the groups anew takes its time
     return run_ranks(on_two_ranks, 2, [(case.stage, values) for case, values in jobs], str(trained_policy()), timeout_seconds=400)
 
@@ -174,6 +175,13 @@ def test_a_run_goes_on_at_another_layout_and_back(name: str, launched: list[Mapp
     metrics, expected = ([row for row in written(run)[0] if row["prefix"] == "train"] for run in (moved, stayed))
     assert len(metrics) == MOVED_STEPS[2]
     assert_same_metrics(metrics, expected, 3e-2 if "bf16" in name else 3e-4)
+
+
+def test_an_evaluations_samples_are_of_all_ranks(launched: list[Mapping[str, Any]], folder: Path) -> None:
+    alone = run_stage("eval", folder / "eval_alone", "limit_samples=7", "rollout.max_batch_size=2")
+    (_, samples), (_, expected) = written(folder / "eval"), written(alone)
+    assert len(samples) == len(expected) == 14
+    assert sorted(samples, key=str) == sorted(expected, key=str)
 
 
 def test_upcycling_does_not_depend_on_the_layout(launched: list[Mapping[str, Any]]) -> None:
