@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prism_nemo.config.schema import DiscriminatorConfig, RuntimeConfig
 from prism_nemo.errors import ConfigError
 
 HELP = """\
@@ -80,6 +79,8 @@ def _parse(command: str, arguments: list[str], parser: argparse.ArgumentParser) 
         parser.add_argument("--out", type=Path, required=True)
         parser.add_argument("--max-shard-size", type=float)
     if command == "upcycle":
+        from prism_nemo.config.schema import DiscriminatorConfig, RuntimeConfig
+
         defaults = DiscriminatorConfig()
         parser.add_argument("--experts", type=int, default=defaults.num_experts)
         parser.add_argument("--topk", type=int, default=defaults.moe_router_topk)
@@ -124,6 +125,8 @@ def _run(commands: Any, command: str, options: argparse.Namespace, ranks: Any) -
     elif command == "export":
         commands.export_hf(options.checkpoint, options.out, model=options.model, **common)
     else:
+        from prism_nemo.config.schema import DiscriminatorConfig
+
         upcycling = DiscriminatorConfig(
             num_experts=options.experts,
             moe_router_topk=options.topk,

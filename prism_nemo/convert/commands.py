@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from math import prod
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.convert import manifest
 from prism_nemo.convert.checkpoint_keys import find_wrapper
 from prism_nemo.convert.hf import copy_assets, hf_assets_directory, load_model_config
@@ -25,12 +22,14 @@ from prism_nemo.convert.ranks import ALONE, Ranks
 from prism_nemo.convert.shards import Staging, TargetFile
 from prism_nemo.convert.sources import CheckpointSource, HFSource, Source
 from prism_nemo.convert.torch_dist import METADATA, TorchDistCheckpoint
-from prism_nemo.convert.upcycling import UpcycledSource, upcycled_config
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import resolve_model_directory
 
+if TYPE_CHECKING:
+    from prism_nemo.config.schema import DiscriminatorConfig
+
 POLICY, DISCRIMINATOR = "policy", "discriminator"  # the folders that models have in a step's checkpoint
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 
 
 def import_hf(hf: Path, out: Path, *, ranks: Ranks = ALONE, max_shard_bytes: int | None = None, quiet: bool = True) -> None:
@@ -89,6 +88,8 @@ def upcycle_hf(
 
     `dense` is a HuggingFace directory or a policy's checkpoint (a run, a step, its folder).
     """
+    from prism_nemo.convert.upcycling import UpcycledSource, upcycled_config
+
     with ExitStack() as stack:
         with ranks.together():
             source, assets, config = open_dense(dense, stack)
@@ -174,7 +175,6 @@ def write_checkpoint(
     """A checkpoint from any source of parameters. `options` tell it from another conversion of the same files."""
     with ranks.together():
         plan = plan_checkpoint(source, config, score_head=score_head, max_shard_bytes=max_bytes)
-    Thread(target=import_module, args=("torch.distributed.checkpoint.metadata",), daemon=True).start()  # half a second, meanwhile
     inside = Path(DISCRIMINATOR) if score_head and out.name != DISCRIMINATOR else Path()
 
     def finish(content: Path) -> None:
@@ -236,6 +236,6 @@ def _has_score_head(checkpoint: TorchDistCheckpoint) -> bool:
 def _summary(out: Path, config: dict[str, Any], source: Source, files: Sequence[TargetFile], score_head: bool) -> str:
     parameters = sum(prod(shape) for shape in hf_shapes(config, score_head=score_head).values())
     kind = "discriminator" if score_head else "policy"
-    dtype = str(source.dtype).removeprefix("torch.")
     size = sum(file.size for file in files) / 1e9
-    return f"{out}: {kind}, {parameters:,} parameters in {dtype}, {size:.2f} GB in {len(files)} file{'s'[: len(files) != 1]}"
+    count = f"{len(files)} file{'s'[: len(files) != 1]}"
+    return f"{out}: {kind}, {parameters:,} parameters in {source.dtype}, {size:.2f} GB in {count}"

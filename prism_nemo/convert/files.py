@@ -6,17 +6,19 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from prism_nemo.convert.dtypes import BY_CODE
 from prism_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library allows
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -73,24 +75,51 @@ class StoredWeight:
 def read_weights_header(path: Path) -> dict[str, StoredWeight]:
     """The tensors of a safetensors file by name; CheckpointError when it is cut short or something else.
 
-    The library checks the header; where values lie is then read from it, so that they can be read without mapping the file, whose
-    pages would count as this process's memory.
+    Read here rather than by the library, which imports torch, and maps the file: its pages would count as this process's memory.
     """
     try:
-        with safe_open(path, framework="pt"), path.open("rb") as file:
+        size = path.stat().st_size
+        with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+                raise ValueError("the header's length is not one")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not a JSON object")
         header.pop("__metadata__", None)
-        return {
-            name: StoredWeight(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-            for name, entry in header.items()
-        }
-    except (SafetensorError, OSError) as error:
+        found = {name: _stored_weight(path, 8 + length, name, entry) for name, entry in header.items()}
+        _check_spans(found.values(), 8 + length, size)
+        return {name: weight for name, (weight, _) in found.items()}
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"not a whole safetensors file ({error})",
-            where=f"{path} ({path.stat().st_size} bytes)",
+            where=f"{path} ({path.stat().st_size if path.exists() else 0} bytes)",
             remedy="copy or download it again; a file of about 130 bytes is a Git LFS pointer, not the weights",
         ) from error
+
+
+def _stored_weight(path: Path, data: int, name: str, entry: Any) -> tuple[StoredWeight, int]:
+    """A tensor of the header, and where its values end; `data` is where all values begin. ValueError when it makes no sense."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"the header does not describe `{name}`") from None
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)) or not isinstance(dtype, str):
+        raise ValueError(f"the header does not describe `{name}`")
+    if dtype in BY_CODE and end - start != prod(shape) * BY_CODE[dtype].itemsize:
+        raise ValueError(f"`{name}` has {end - start} bytes for {list(shape)} of {dtype}")
+    return StoredWeight(path, data + start, shape, dtype), data + end
+
+
+def _check_spans(weights: Iterable[tuple[StoredWeight, int]], data: int, size: int) -> None:
+    """The format leaves no byte out and uses none twice. ValueError where one is."""
+    position = data
+    for weight, end in sorted(weights, key=lambda placed: (placed[0].start, placed[1])):
+        if weight.start != position:
+            raise ValueError(f"its tensors do not lie one after another at byte {position}")
+        position = end
+    if position != size:
+        raise ValueError(f"its tensors end at byte {position}, the file at {size}")
 
 
 def shortened(items: list[str], separator: str = "\n  ", limit: int = 12) -> str:
@@ -101,6 +130,8 @@ def shortened(items: list[str], separator: str = "\n  ", limit: int = 12) -> str
 
 def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file and have it on disk."""
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file that does not name its format
     sync(path)
 

@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from prism_nemo.convert.dtypes import DType
 from prism_nemo.convert.files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -35,6 +33,10 @@ from prism_nemo.convert.qwen3_vl import (
     mappings,
 )
 from prism_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "HFReader",
@@ -200,7 +202,7 @@ def load_model_config(path: Path) -> dict[str, Any]:
     return hub_config(config)
 
 
-def copy_assets(source: Path, target: Path, *, config: Config | None = None, dtype: torch.dtype | None = None) -> None:
+def copy_assets(source: Path, target: Path, *, config: Config | None = None, dtype: torch.dtype | DType | None = None) -> None:
     """Write config.json into `target` and copy tokenizer, processor, chat template and generation settings beside it.
 
     config.json takes the Hub's form, which transformers 4.57, 5.x and vLLM read alike. `config` replaces the source's (an

@@ -6,38 +6,23 @@ per-expert tensors, and the names and files under which discriminators keep thei
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from prism_nemo.convert.dtypes import BY_CODE, DType, dtype_of
 from prism_nemo.convert.files import StoredWeight, check_index, read_weights_header, shortened, weight_files
 from prism_nemo.convert.pieces import Computed, Files, Piece, Run, Runs, byte_chunks, read_tensor
 from prism_nemo.convert.qwen3_vl import HF_SCORE_HEAD, Config, ExpertLayout, Shape, hf_shapes, hub_config, is_moe_layer
 from prism_nemo.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _BARE_PREFIXES = ("language_model.", "visual.")  # as transformers saves the model without its language-model head
 _EMBEDDING, _OUTPUT = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _HEAD = re.compile(r"^(?:model\.|module\.)?(?:v_head|value_head|score|score_head)(?:\.summary)?\.(weight|bias)$")
@@ -94,7 +79,7 @@ class HFReader:
     def _add_head_file(self, path: Path) -> None:
         for name, tensor in _load_head(path).items():
             if name == "weight" and HF_SCORE_HEAD in self._entries:
-                if not torch.equal(self.get(HF_SCORE_HEAD).flatten(), tensor.flatten()):
+                if not self.get(HF_SCORE_HEAD).flatten().equal(tensor.flatten()):
                     raise CheckpointError("the scalar head is stored twice, differently", where=str(path), remedy="remove one")
                 continue
             self._add(f"value_head.{name}", _InMemory(tensor), path)
@@ -108,19 +93,17 @@ class HFReader:
         shape = entry.shape if isinstance(entry, StoredWeight) else tuple(entry.tensor.shape)
         return (1, *shape) if name == HF_SCORE_HEAD and len(shape) == 1 else shape
 
-    def dtype(self, name: str) -> str:
-        """As safetensors names it: F32, BF16, …"""
+    def dtype(self, name: str) -> DType:
         entry = self._entries[name]
-        return entry.dtype if isinstance(entry, StoredWeight) else _NAMES[entry.tensor.dtype]
-
-    def torch_dtype(self, name: str) -> torch.dtype:
-        if self.dtype(name) not in DTYPES:
-            raise CheckpointError(f"`{name}` is stored as {self.dtype(name)}", where=str(self.directory))
-        return DTYPES[self.dtype(name)]
+        if not isinstance(entry, StoredWeight):
+            return dtype_of(entry.tensor.dtype)
+        if entry.dtype not in BY_CODE:
+            raise CheckpointError(f"`{name}` is stored as {entry.dtype}", where=str(self.directory))
+        return BY_CODE[entry.dtype]
 
     def pieces(self, name: str, first: int, last: int, *, expert: int | None = None) -> list[Piece]:
         """Rows `first` to `last` (exclusive) of the tensor, or of one expert's matrix in a fused one."""
-        shape, itemsize = self.shape(name), self.torch_dtype(name).itemsize
+        shape, itemsize = self.shape(name), self.dtype(name).itemsize
         if expert is not None:
             first, last = expert * shape[1] + first, expert * shape[1] + last
             shape = (shape[0] * shape[1], *shape[2:])
@@ -137,12 +120,12 @@ class HFReader:
     def get_slice(self, name: str, index: int) -> Tensor:
         """`get(name)[index]`, reading no more than that."""
         pieces = self.pieces(name, index, index + 1)
-        return read_tensor(pieces, self.io, self.shape(name)[1:], self.torch_dtype(name))
+        return read_tensor(pieces, self.io, self.shape(name)[1:], self.dtype(name))
 
     def _read(self, entry: StoredWeight | _InMemory) -> Tensor:
         if isinstance(entry, _InMemory):
             return entry.tensor
-        dtype = DTYPES[entry.dtype]
+        dtype = BY_CODE[entry.dtype]
         whole = Runs((Run(entry, 0, prod(entry.shape) * dtype.itemsize),))
         return read_tensor([whole], self.io, entry.shape, dtype)
 
@@ -237,6 +220,10 @@ def has_score_head(reader: HFReader) -> bool:
 
 def _load_head(path: Path) -> dict[str, Tensor]:
     """`weight`, and `bias` where there is one, of a file that holds a scalar head alone. Nothing but tensors is unpickled."""
+    import pickle
+
+    import torch
+
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -248,11 +235,11 @@ def _load_head(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             "the scalar head's file cannot be read safely", where=str(path), remedy="save its state_dict, tensors alone"
         ) from error
-    content = {"weight": content} if isinstance(content, Tensor) else content
+    content = {"weight": content} if isinstance(content, torch.Tensor) else content
     found: dict[str, Tensor] = {}
     for name, tensor in content.items() if isinstance(content, dict) else ():
         kind = str(name).rpartition(".")[2]
-        if not isinstance(tensor, Tensor) or kind not in ("weight", "bias") or kind in found:
+        if not isinstance(tensor, torch.Tensor) or kind not in ("weight", "bias") or kind in found:
             raise CheckpointError(f"`{name}` is not what a scalar head has", where=str(path), remedy="one weight, and no more")
         found[kind] = tensor
     if "weight" not in found or found["weight"].dim() > 2:

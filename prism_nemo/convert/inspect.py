@@ -78,7 +78,7 @@ def _huggingface(path: Path) -> Description:
         with HFReader(path) as reader:
             score_head = has_score_head(reader)
             result.facts |= _model_facts(config, score_head)
-            dtypes = Counter(reader.dtype(name) for name in reader.names)
+            dtypes = Counter(reader.dtype(name).code for name in reader.names)
             result.facts["type"] = ", ".join(name for name, _ in dtypes.most_common())
             result.facts["files"] = len(reader.weight_files)
             result.facts["bytes"] = sum(file.stat().st_size for file in reader.weight_files)
@@ -109,7 +109,7 @@ def _checkpoint(path: Path) -> Description:
     optimizer = content.get(OPTIMIZER_UPDATES, any(key.startswith("optimizer.") for key in stored.tensors))
     result.facts |= {"optimizer state": bool(optimizer), "written by": "this project" if ours else "another tool"}
     weights = [tensor for key, tensor in stored.tensors.items() if not key.startswith("optimizer.")]
-    result.facts["type"] = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
+    result.facts["type"] = ", ".join(sorted({str(tensor.dtype) for tensor in weights}))
     result.facts["layout"] = _layout(stored)
     result.facts["files"] = len(stored.files)
     result.facts["bytes"] = sum(file.stat().st_size for file in stored.files if file.is_file())

@@ -3,18 +3,44 @@
 An `Op` says how one full Megatron tensor is made of HuggingFace tensors and taken apart again. A `Sharding` says how that full
 tensor is cut over tensor-parallel ranks (for experts: expert-tensor-parallel ranks). Both work on weights and biases, in any
 dtype, and lose no bit. What they return may share memory with what they were given.
+
+Most ops only move whole rows, and say in which order (`row_order`): all that a conversion from file to file needs, and no torch,
+which takes a second to import. A test holds every op to its order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from prism_nemo.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """`count` rows from row `start` on of the `source`-th tensor."""
+
+    source: int
+    start: int
+    count: int
+
+
+def joined_runs(runs: Sequence[RowRun]) -> tuple[RowRun, ...]:
+    """The same rows in as few runs as there can be."""
+    result: list[RowRun] = []
+    for run in runs:
+        last = result[-1] if result else None
+        if last is not None and (last.source, last.start + last.count) == (run.source, run.start):
+            result[-1] = RowRun(last.source, last.start, last.count + run.count)
+        else:
+            result.append(run)
+    return tuple(result)
 
 
 class Op(Hashable, Protocol):
@@ -24,9 +50,23 @@ class Op(Hashable, Protocol):
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]: ...
 
+    def megatron_shape(self, *shapes: Shape) -> Shape:
+        """The shape of the Megatron tensor that HuggingFace tensors of these shapes make."""
+
+    def row_order(self, *rows: int) -> tuple[RowRun, ...] | None:
+        """Where the Megatron tensor's rows come from; `rows` counts those of each HuggingFace tensor. None: values change places
+        within rows, or are added."""
+
+
+class _MovesRows:
+    """What ops have in common that keep every row of every tensor."""
+
+    def megatron_shape(self, *shapes: Shape) -> Shape:
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
 
 @dataclass(frozen=True)
-class Copy:
+class Copy(_MovesRows):
     """The same tensor on both sides."""
 
     def to_megatron(self, *tensors: Tensor) -> Tensor:
@@ -35,6 +75,9 @@ class Copy:
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor,)
+
+    def row_order(self, *rows: int) -> tuple[RowRun, ...]:
+        return (RowRun(0, 0, rows[0]),)
 
 
 @dataclass(frozen=True)
@@ -45,6 +88,8 @@ class PadRows:
     padded_rows: int
 
     def to_megatron(self, *tensors: Tensor) -> Tensor:
+        import torch
+
         (tensor,) = tensors
         if self.padded_rows == self.rows:
             return tensor
@@ -53,9 +98,15 @@ class PadRows:
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor[: self.rows],)
 
+    def megatron_shape(self, *shapes: Shape) -> Shape:
+        return (self.padded_rows, *shapes[0][1:])
+
+    def row_order(self, *rows: int) -> tuple[RowRun, ...] | None:
+        return (RowRun(0, 0, self.rows),) if self.padded_rows == self.rows else None
+
 
 @dataclass(frozen=True)
-class MergeQKV:
+class MergeQKV(_MovesRows):
     """Language attention: q [heads * head_dim, ...], k and v [kv_heads * head_dim, ...] <-> one tensor.
 
     Its rows go key-value group by key-value group: the heads / kv_heads query heads of the group, its key head, its value head.
@@ -71,6 +122,8 @@ class MergeQKV:
         return (self.num_heads // self.num_kv_heads + 2) * self.head_dim
 
     def to_megatron(self, *tensors: Tensor) -> Tensor:
+        import torch
+
         query, key, value = (tensor.unflatten(0, (self.num_kv_heads, -1)) for tensor in tensors)
         return torch.cat([query, key, value], dim=1).flatten(0, 1)
 
@@ -79,9 +132,14 @@ class MergeQKV:
         parts = groups.split([self.rows_per_group - 2 * self.head_dim, self.head_dim, self.head_dim], dim=1)
         return tuple(part.flatten(0, 1) for part in parts)
 
+    def row_order(self, *rows: int) -> tuple[RowRun, ...]:
+        counts = [count // self.num_kv_heads for count in rows]  # of a group
+        groups = range(self.num_kv_heads)
+        return joined_runs([RowRun(at, group * count, count) for group in groups for at, count in enumerate(counts)])
+
 
 @dataclass(frozen=True)
-class VisionQKV:
+class VisionQKV(_MovesRows):
     """Vision attention: fused rows ordered [3, heads, head_dim] <-> [heads, 3, head_dim]."""
 
     num_heads: int
@@ -99,18 +157,27 @@ class VisionQKV:
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor.unflatten(0, (self.num_heads, 3, self.head_dim)).transpose(0, 1).flatten(0, 2),)
 
+    def row_order(self, *rows: int) -> tuple[RowRun, ...]:
+        starts = ((part * self.num_heads + head) * self.head_dim for head in range(self.num_heads) for part in range(3))
+        return joined_runs([RowRun(0, start, self.head_dim) for start in starts])
+
 
 @dataclass(frozen=True)
-class GateUp:
+class GateUp(_MovesRows):
     """The gated MLP's first layer: gate [width, hidden] and up [width, hidden] <-> [2 * width, hidden], gate first."""
 
     def to_megatron(self, *tensors: Tensor) -> Tensor:
+        import torch
+
         gate, up = tensors
         return torch.cat([gate, up])
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         gate, up = tensor.chunk(2)
         return gate, up
+
+    def row_order(self, *rows: int) -> tuple[RowRun, ...]:
+        return tuple(RowRun(source, 0, count) for source, count in enumerate(rows))
 
 
 @dataclass(frozen=True)
@@ -128,6 +195,12 @@ class ExpertMatrix:
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor.T.contiguous() if self.transposed else tensor,)
+
+    def megatron_shape(self, *shapes: Shape) -> Shape:
+        return shapes[0][::-1] if self.transposed else shapes[0]
+
+    def row_order(self, *rows: int) -> tuple[RowRun, ...] | None:
+        return None if self.transposed else (RowRun(0, 0, rows[0]),)
 
 
 class Sharding(Protocol):
@@ -159,6 +232,8 @@ class Column:
         return _part(full, 0, tp_rank, tp_size, self.unit)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        import torch
+
         return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=0)
 
 
@@ -172,6 +247,8 @@ class Row:
         return _part(full, 1, tp_rank, tp_size, self.unit)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        import torch
+
         return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=1)
 
 
@@ -180,11 +257,15 @@ class GatedColumn:
     """The full tensor is [gate; up]; rank i holds [gate_i; up_i], so that each rank gates what it computed itself."""
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        import torch
+
         if tp_size == 1:
             return full
         return torch.cat([_part(half, 0, tp_rank, tp_size, 1) for half in full.chunk(2)])
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        import torch
+
         if len(shards) == 1:
             return shards[0]
         halves = [shard.chunk(2) for shard in shards]

@@ -6,23 +6,24 @@ files (`Runs`). What has to be worked out, such as a transposed expert, is `Comp
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from prism_nemo.convert.ops import ExpertMatrix, Op
+from prism_nemo.convert.dtypes import DType
+from prism_nemo.convert.ops import Op, RowRun, joined_runs
 from prism_nemo.errors import CheckpointError
 
-BUFFER_BYTES = 1 << 20  # small enough to stay in a core's cache between reading, checksum and writing
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Small enough to stay in a core's cache between reading and writing. For larger blocks Linux takes larger pieces of unbroken
+# memory into its page cache; on a virtual machine, writing a megabyte at a time was measured several times slower.
+BUFFER_BYTES = 1 << 18
 
 
 class Blob(Protocol):
@@ -151,14 +152,11 @@ def byte_chunks(pieces: Sequence[Piece | Literal], files: Files) -> Iterator[mem
         yield buffer[:filled]
 
 
-def copy_pieces(pieces: Sequence[Piece | Literal], files: Files, target: int, offset: int) -> int:
-    """Writes the pieces' bytes into an open file from byte `offset` on; returns their CRC-32."""
-    crc = 0
+def copy_pieces(pieces: Sequence[Piece | Literal], files: Files, target: int, offset: int) -> None:
+    """Writes the pieces' bytes into an open file from byte `offset` on."""
     for chunk in byte_chunks(pieces, files):
-        crc = zlib.crc32(chunk, crc)
         write_all(target, chunk, offset)
         offset += len(chunk)
-    return crc
 
 
 def write_all(target: int, content: memoryview | bytes, offset: int) -> None:
@@ -175,15 +173,19 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def memory_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
+    import torch
+
     if not tensor.numel():
         return memoryview(b"")
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
-def read_tensor(pieces: Sequence[Piece], files: Files, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def read_tensor(pieces: Sequence[Piece], files: Files, shape: Sequence[int], dtype: DType) -> Tensor:
     """The pieces' bytes as one tensor in memory."""
-    tensor = torch.empty(tuple(shape), dtype=dtype)
+    import torch
+
+    tensor = torch.empty(tuple(shape), dtype=dtype.torch)
     target, position = memory_of(tensor), 0
     for piece in pieces:
         if isinstance(piece, Computed):
@@ -197,48 +199,17 @@ def read_tensor(pieces: Sequence[Piece], files: Files, shape: Sequence[int], dty
     return tensor
 
 
-@dataclass(frozen=True)
-class RowRun:
-    """`count` rows from row `start` on of the `source`-th tensor."""
-
-    source: int
-    start: int
-    count: int
-
-
-def moves_rows(op: Op) -> bool:
-    """Whether an op only moves whole rows, so that no value has to be looked at."""
-    return not (isinstance(op, ExpertMatrix) and op.transposed)
-
-
 @lru_cache(maxsize=256)
-def rows_to_megatron(op: Op, rows: tuple[int, ...]) -> tuple[RowRun, ...]:
-    """Where the rows of the Megatron tensor come from; `rows` counts those of each HuggingFace tensor.
-
-    Found by putting row numbers through the op itself, so that the op stays the only description of what it does.
-    """
-    bounds = torch.tensor([0, *rows]).cumsum(0)
-    numbers = [torch.arange(start, end) for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-    return _runs_of(op.to_megatron(*numbers), bounds)
-
-
-@lru_cache(maxsize=256)
-def rows_to_hf(op: Op, rows: int) -> tuple[tuple[RowRun, ...], ...]:
-    """For each HuggingFace tensor, which of the Megatron tensor's `rows` rows make it; `RowRun.source` is 0."""
-    bounds = torch.tensor([0, rows])
-    return tuple(_runs_of(part, bounds) for part in op.to_hf(torch.arange(rows)))
-
-
-def _runs_of(numbers: Tensor, bounds: Tensor) -> tuple[RowRun, ...]:
-    """Row numbers over all sources -> runs of consecutive rows within one source."""
-    numbers = numbers.contiguous()
-    source = torch.bucketize(numbers, bounds[1:], right=True)
-    breaks = (numbers[1:] != numbers[:-1] + 1) | (source[1:] != source[:-1])
-    starts = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(numbers)]
-    return tuple(
-        RowRun(int(source[first]), int(numbers[first] - bounds[source[first]]), last - first)
-        for first, last in itertools.pairwise(starts)
-    )
+def rows_to_hf(op: Op, rows: tuple[int, ...]) -> tuple[tuple[RowRun, ...], ...]:
+    """For each HuggingFace tensor, of so many rows, which rows of the Megatron tensor make it; `RowRun.source` is 0."""
+    order = op.row_order(*rows)
+    assert order is not None, f"{op} does more than move rows"
+    parts: list[list[tuple[int, RowRun]]] = [[] for _ in rows]
+    position = 0
+    for run in order:
+        parts[run.source].append((run.start, RowRun(0, position, run.count)))
+        position += run.count
+    return tuple(joined_runs([run for _, run in sorted(part, key=lambda placed: placed[0])]) for part in parts)
 
 
 def select_rows(runs: Sequence[RowRun], first: int, last: int) -> Iterator[RowRun]:

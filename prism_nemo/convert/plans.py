@@ -10,9 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prism_nemo.convert.checkpoint_keys import check_uniform, chunks, extra_states, place
+from prism_nemo.convert.dtypes import DType
 from prism_nemo.convert.files import INDEX_FILE, WEIGHTS_FILE, write_json
 from prism_nemo.convert.pieces import Computed, Literal, Piece, rows_to_hf
 from prism_nemo.convert.qwen3_vl import (
@@ -31,10 +30,9 @@ from prism_nemo.convert.torch_zip import TensorArchive
 
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS = 1_000_000_000, 5_000_000_000, 16
 _PAGE = 4096
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def default_shard_bytes(config: Config, dtype: torch.dtype) -> int:
+def default_shard_bytes(config: Config, dtype: DType) -> int:
     """A file's size: enough files for several processes to share, and no more than the Hub's usual 5 GB in each."""
     total = dtype.itemsize * sum(prod(shape) for shape in hf_shapes(config).values())
     return max(_SMALLEST_SHARD, min(_LARGEST_SHARD, total // _SHARDS))
@@ -176,17 +174,17 @@ def _hf_pieces(source: Source, mapping: ParameterMapping, megatron: str, number:
         nbytes = prod(mapping.hf_shapes[0][1:]) * source.dtype.itemsize
         shape = mapping.megatron_shape
         return [Computed(nbytes, lambda: mapping.op.to_hf(full_tensor(source, megatron, shape))[0])]
-    runs = rows_to_hf(mapping.op, mapping.megatron_shape[0])[number]
+    runs = rows_to_hf(mapping.op, tuple(shape[0] for shape in mapping.hf_shapes))[number]
     return [piece for run in runs for piece in source.pieces(megatron, run.start, run.start + run.count)]
 
 
-def _safetensors(name: str, tensors: list[_HFTensor], dtype: torch.dtype) -> TargetFile:
+def _safetensors(name: str, tensors: list[_HFTensor], dtype: DType) -> TargetFile:
     """The header is padded with spaces, as the format allows, so that values begin at a page."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not name its format
     position = 0
     for tensor in tensors:
         span = [position, position + tensor.nbytes]
-        header[tensor.name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": span}
+        header[tensor.name] = {"dtype": dtype.code, "shape": list(tensor.shape), "data_offsets": span}
         position = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _PAGE)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
-
 from prism_nemo.convert.ops import (
     Column,
     Copy,
@@ -28,6 +26,7 @@ from prism_nemo.convert.ops import (
     PadRows,
     Replicated,
     Row,
+    Shape,
     Sharding,
     VisionQKV,
 )
@@ -38,7 +37,6 @@ HF_SCORE_HEAD = "value_head.weight"
 MEGATRON_SCORE_HEAD = "score_head.weight"
 
 Config = Mapping[str, Any]
-Shape = tuple[int, ...]
 
 
 class ExpertLayout(str, Enum):
@@ -67,11 +65,7 @@ class ParameterMapping:
     @property
     def megatron_shape(self) -> Shape:
         """The shape of one full (unsharded) Megatron tensor."""
-        if self.fused:
-            return tuple(self.op.to_megatron(torch.empty(self.hf_shapes[0][1:], device="meta")).shape)
-        # The ops move rows; of no width, they cost nothing, and spare torch's meta kernels, which take half a second to import.
-        rows = self.op.to_megatron(*(torch.empty(shape[0], 0) for shape in self.hf_shapes)).shape[0]
-        return (rows, *self.hf_shapes[0][1:])
+        return self.op.megatron_shape(*(shape[1:] if self.fused else shape for shape in self.hf_shapes))
 
 
 def mappings(

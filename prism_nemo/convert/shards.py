@@ -1,8 +1,8 @@
 """Files that are planned byte by byte before the first is written: how they are written, checked, and found again after a kill.
 
 A target directory is prepared in `.<name>.partial` beside it, which holds `content/` and a journal: what is being written
-(`plan.json`), and for each finished file the checksums of its parts. The directory takes its name by one rename, when everything
-is on disk. A rerun of the same conversion keeps the files whose checksums still hold; another conversion starts anew.
+(`plan.json`), and for each finished file, once it is on disk, its size and time. The directory takes its name by one rename, when
+everything is on disk. A rerun of the same conversion keeps the files that are as they were then; another conversion starts anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.convert.files import sync
-from prism_nemo.convert.pieces import Files, Literal, Piece, Run, Runs, byte_chunks, copy_pieces, write_all
+from prism_nemo.convert.pieces import Files, Literal, Piece, copy_pieces, write_all
 from prism_nemo.convert.ranks import Ranks
 from prism_nemo.convert.torch_zip import TensorArchive
 from prism_nemo.errors import CheckpointError
@@ -54,22 +53,13 @@ class TargetFile:
     header: bytes = b""
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A file that is being checked, as something to read from."""
-
-    path: Path
-    start: int = 0
-
-
-def write_slot(target: int, slot: Slot, files: Files) -> int:
-    """Writes a slot into an open file; returns the CRC-32 of its bytes."""
-    crc = copy_pieces(slot.pieces(), files, target, slot.data_offset)
+def write_slot(target: int, slot: Slot, files: Files) -> None:
+    """Writes a slot into an open file."""
+    copy_pieces(slot.pieces(), files, target, slot.data_offset)
     if slot.archive is not None:
-        before, after = slot.archive.render(crc)
+        before, after = slot.archive.render()
         write_all(target, before, slot.offset)
         write_all(target, after, slot.data_offset + slot.nbytes)
-    return crc
 
 
 class Staging:
@@ -149,12 +139,14 @@ class Staging:
             finishing: list[Future[None]] = []
 
             def write_file(file: TargetFile) -> bool:
-                if self._is_whole(file, over_slots):
+                if self._is_whole(file):
                     return True
                 (self._journal / file.name).unlink(missing_ok=True)
                 target = os.open(self.content / self._inside / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                crcs = self._fill(target, file, source, over_slots)
-                finishing.append(syncing.submit(self._finish, target, file, crcs))
+                write_all(target, file.header, 0)
+                largest_first = sorted(file.slots, key=lambda slot: -slot.nbytes)  # even shares
+                list(over_slots(lambda slot: write_slot(target, slot, source), largest_first))
+                finishing.append(syncing.submit(self._finish, target, file))
                 return False
 
             kept = sum(over_files(write_file, mine))
@@ -162,39 +154,24 @@ class Staging:
                 future.result()
         return sum(self._ranks.gather(kept))
 
-    def _fill(self, target: int, file: TargetFile, source: Files, over_slots: Map) -> list[int]:
-        write_all(target, file.header, 0)
-        order = sorted(range(len(file.slots)), key=lambda number: -file.slots[number].nbytes)  # the largest first: even shares
-        crcs = [0] * len(order)
-        for number, crc in zip(order, over_slots(lambda at: write_slot(target, file.slots[at], source), order), strict=True):
-            crcs[number] = crc
-        return crcs
-
-    def _finish(self, target: int, file: TargetFile, crcs: list[int]) -> None:
+    def _finish(self, target: int, file: TargetFile) -> None:
         """Has the file on disk, and only then in the journal."""
         try:
             os.ftruncate(target, file.size)
             os.fsync(target)
+            state = os.fstat(target)
         finally:
             os.close(target)
-        write_atomically(self._journal / file.name, json.dumps(crcs))
+        write_atomically(self._journal / file.name, json.dumps(_as_it_is(state)))
 
-    def _is_whole(self, file: TargetFile, over_slots: Map) -> bool:
-        """Whether an earlier run finished the file, and every byte of it still is what was written."""
-        path = self.content / self._inside / file.name
+    def _is_whole(self, file: TargetFile) -> bool:
+        """Whether an earlier run finished the file, and nobody has touched it since."""
         try:
-            crcs = json.loads((self._journal / file.name).read_text())
-            if path.stat().st_size != file.size or len(crcs) != len(file.slots):
-                return False
+            journal = json.loads((self._journal / file.name).read_text())
+            state = (self.content / self._inside / file.name).stat()
         except (OSError, ValueError):
             return False
-        files = Files()
-        try:
-            if files.read(path, 0, len(file.header)) != file.header:
-                return False
-            return all(over_slots(lambda slot, crc: _holds(path, slot, crc, files), file.slots, crcs))
-        finally:
-            files.close()
+        return state.st_size == file.size and journal == _as_it_is(state)
 
     def publish(self) -> None:
         """Gives the directory its name. Only the first rank calls it, when all have written."""
@@ -206,17 +183,8 @@ class Staging:
         shutil.rmtree(self.folder)
 
 
-def _holds(path: Path, slot: Slot, crc: int, files: Files) -> bool:
-    found = 0
-    for chunk in byte_chunks([Runs((Run(_Written(path), slot.data_offset, slot.nbytes),))], files):
-        found = zlib.crc32(chunk, found)
-    if found != crc:
-        return False
-    if slot.archive is None:
-        return True
-    before, after = slot.archive.render(crc)
-    around = (slot.offset, before), (slot.data_offset + slot.nbytes, after)
-    return all(files.read(path, offset, len(content)) == content for offset, content in around)
+def _as_it_is(state: os.stat_result) -> list[int]:
+    return [state.st_size, state.st_mtime_ns]
 
 
 def is_taken(target: Path) -> bool:

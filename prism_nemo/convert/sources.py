@@ -9,26 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from prism_nemo.convert import checkpoint_keys
+from prism_nemo.convert.dtypes import BFLOAT16, FLOAT32, DType
 from prism_nemo.convert.hf_reader import HFReader
-from prism_nemo.convert.pieces import Computed, Files, Piece, moves_rows, read_tensor, rows_to_megatron, select_rows
+from prism_nemo.convert.pieces import Computed, Files, Piece, read_tensor, select_rows
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, Config, ParameterMapping, Shape, hub_config, mappings
 from prism_nemo.convert.torch_dist import StoredTensor, TorchDistCheckpoint
 from prism_nemo.errors import CheckpointError
 
-FLOATS = {torch.float32, torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS = {FLOAT32, BFLOAT16}
 
 
 class Source(Protocol):
     """Parameters by canonical name, all of one type: `dtype`."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
 
     @property
     def files(self) -> list[Path]:
@@ -58,9 +59,9 @@ class HFSource:
             for index, name in enumerate(mapping.megatron_names)
         }
         used = {hf for mapping, _ in self._places.values() for hf in mapping.hf_names}
-        body = {reader.torch_dtype(hf) for hf in used if hf != self._head_name()}
+        body = {reader.dtype(hf) for hf in used if hf != self._head_name()}
         if len(body) != 1 or not body <= FLOATS:
-            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in body))
+            found = ", ".join(sorted(str(dtype) for dtype in body))
             raise CheckpointError(
                 f"the weights are stored as {found}", where=str(reader.directory), remedy="all in float32, or all in bfloat16"
             )
@@ -71,7 +72,7 @@ class HFSource:
         return None if place is None else place[0].hf_names[0]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self._dtype
 
     @property
@@ -86,21 +87,21 @@ class HFSource:
         mapping, index = self._places[name]
         shape = mapping.megatron_shape
         row_bytes = prod(shape[1:]) * self._dtype.itemsize
-        stored = {self.reader.torch_dtype(hf) for hf in mapping.hf_names}
-        if stored != {self._dtype} or not moves_rows(mapping.op):
+        stored = {self.reader.dtype(hf) for hf in mapping.hf_names}
+        order = None if stored != {self._dtype} else mapping.op.row_order(*(shape[0] for shape in mapping.hf_shapes))
+        if order is None:
             return [Computed((last - first) * row_bytes, lambda: self._computed(mapping, index)[first:last])]
         if mapping.fused:
             return self.reader.pieces(mapping.hf_names[0], first, last, expert=index)
-        runs = rows_to_megatron(mapping.op, tuple(shape[0] for shape in mapping.hf_shapes))
         return [
             piece
-            for run in select_rows(runs, first, last)
+            for run in select_rows(order, first, last)
             for piece in self.reader.pieces(mapping.hf_names[run.source], run.start, run.start + run.count)
         ]
 
     def _computed(self, mapping: ParameterMapping, index: int) -> Tensor:
         parts = [self.reader.get_slice(hf, index) if mapping.fused else self.reader.get(hf) for hf in mapping.hf_names]
-        return mapping.op.to_megatron(*parts).to(self._dtype)
+        return mapping.op.to_megatron(*parts).to(self._dtype.torch)
 
 
 class CheckpointSource:
@@ -143,7 +144,7 @@ class CheckpointSource:
             raise CheckpointError(f"the weights are stored as {dtypes}", where=str(checkpoint.directory))
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self._dtype
 
     @property
@@ -173,7 +174,7 @@ class CheckpointSource:
         return [
             Computed(
                 prod(shape) * self._dtype.itemsize,
-                lambda: read_tensor(pieces, self._files, shape, tensor.dtype).to(self._dtype),
+                lambda: read_tensor(pieces, self._files, shape, tensor.dtype).to(self._dtype.torch),
             )
         ]
 

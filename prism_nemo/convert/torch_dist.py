@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from prism_nemo.convert import pickles
+from prism_nemo.convert.dtypes import BY_NAME, DType
 from prism_nemo.convert.files import sync, write_json
 from prism_nemo.convert.pieces import Computed, Files, Piece, Run, Runs, memory_of
-from prism_nemo.convert.torch_zip import locate_tensor
+from prism_nemo.convert.torch_zip import TensorArchive, locate_tensor, object_archive
 from prism_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA = ".metadata"  # the index, written last by torch
 COMMON = "common.pt"
@@ -50,7 +52,7 @@ _ENUMS = {
     ("torch.distributed.checkpoint.planner", "WriteItemType"),
 }
 _OTHERS: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): lambda name: name,
     ("collections", "OrderedDict"): OrderedDict,
     ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
@@ -68,7 +70,7 @@ class _Plain:
 class _Properties:
     """torch's TensorProperties."""
 
-    dtype: torch.dtype
+    dtype: DType
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.dtype = state[0]
@@ -90,8 +92,8 @@ class _IndexUnpickler(pickle.Unpickler):
             return int
         if (module, name) in _OTHERS:
             return _OTHERS[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and name in BY_NAME:
+            return BY_NAME[name]
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
 
 
@@ -104,14 +106,21 @@ class Stored:
     archive_length: int
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @cached_property
     def start(self) -> int:
         """The byte of the file at which the chunk's values begin; CheckpointError when it is not such an archive."""
         try:
-            with self.path.open("rb") as file, _Slice(file, self.archive_offset, self.archive_length) as archive:
-                return self.archive_offset + locate_tensor(archive, self.sizes, self.dtype)
+            archive = TensorArchive(self.sizes, self.dtype)
+            if self.dtype.storage is not None and self.archive_length == archive.total_bytes:
+                before, _ = archive.render()  # as this project writes it; anybody else's is read in full
+                with self.path.open("rb", buffering=0) as ours:
+                    ours.seek(self.archive_offset)
+                    if ours.read(len(before)) == before:
+                        return self.archive_offset + len(before)
+            with self.path.open("rb") as file, _Slice(file, self.archive_offset, self.archive_length) as part:
+                return self.archive_offset + locate_tensor(part, self.sizes, self.dtype)
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"a tensor cannot be read ({error})",
@@ -154,7 +163,7 @@ class StoredTensor:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     chunks: tuple[Stored, ...]
 
     @cached_property
@@ -203,10 +212,12 @@ class StoredTensor:
         self, index: tuple[int, ...], first: int, chunks: Sequence[Stored], shape: tuple[int, ...], files: Files
     ) -> Tensor:
         """Rows that are cut across, as tensor-parallel ranks save them."""
-        depth, result = len(index), torch.empty(shape, dtype=self.dtype)
+        import torch
+
+        depth, result = len(index), torch.empty(shape, dtype=self.dtype.torch)
         filled = 0
         for chunk in chunks:
-            part = torch.empty(chunk.sizes[depth:], dtype=self.dtype)
+            part = torch.empty(chunk.sizes[depth:], dtype=self.dtype.torch)
             position = chunk.start + _before(chunk, index) * part.nbytes
             files.read_into(chunk.path, memory_of(part), position)
             target, source = [], []
@@ -290,7 +301,7 @@ class WrittenTensor:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     place: tuple[str, int, int]
@@ -303,46 +314,63 @@ def write_index(
 
     `objects` are keys that hold nothing (Megatron's extra states); one place serves them all.
     """
-    # Half a second, for which reading has no need.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    entries: dict[str, pickles.Instance] = {}
+    storage: list[tuple[pickles.Instance, pickles.Instance]] = []
     for tensor in tensors:
         if tensor.key not in entries:
-            entries[tensor.key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), [])
-        chunks = entries[tensor.key].chunks
-        storage[MetadataIndex(tensor.key, tensor.offsets, len(chunks))] = _StorageInfo(*tensor.place)
-        chunks.append(ChunkStorageMetadata(torch.Size(tensor.offsets), torch.Size(tensor.sizes)))
+            state = {"properties": _properties(tensor.dtype), "size": _size(tensor.shape), "chunks": []}
+            entries[tensor.key] = _described("TensorStorageMetadata", state)
+        chunks = entries[tensor.key].state["chunks"]
+        index = {"fqn": tensor.key, "index": len(chunks), "offset": _size(tensor.offsets)}
+        storage.append((_described("MetadataIndex", index), _stored_at(tensor.place)))
+        chunks.append(_described("ChunkStorageMetadata", {"offsets": _size(tensor.offsets), "sizes": _size(tensor.sizes)}))
     for key in objects:
-        entries[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo(*object_place)
-    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(), version="1.0.0")
-    (directory / METADATA).write_bytes(pickle.dumps(metadata))
-    torch.save({CONTENT: {OPTIMIZER_UPDATES: 0}}, directory / COMMON)
+        entries[key] = _described("BytesStorageMetadata", {})
+        storage.append((_described("MetadataIndex", {"fqn": key, "index": None}), _stored_at(object_place)))
+    meta = _described("StorageMeta", {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []})
+    index = {"state_dict_metadata": entries, "planner_data": None, "storage_data": pickles.Pairs(storage)}
+    content = pickles.dumps(_described("Metadata", {**index, "storage_meta": meta, "version": "1.0.0"}))
+    (directory / METADATA).write_bytes(content)
+    (directory / COMMON).write_bytes(object_archive({CONTENT: {OPTIMIZER_UPDATES: 0}}))
     for name in (METADATA, COMMON):
         sync(directory / name)
     write_json(directory / CONFIG, _FORMAT)
 
 
+_MODULE = "torch.distributed.checkpoint"
+
+
+def _described(name: str, state: Any) -> pickles.Instance:
+    """One of the index's own objects."""
+    return pickles.Instance(pickles.Global(f"{_MODULE}.metadata", name), state)
+
+
+def _stored_at(place: tuple[str, int, int]) -> pickles.Instance:
+    state = dict(zip(("relative_path", "offset", "length"), place, strict=True))
+    return pickles.Instance(pickles.Global(f"{_MODULE}.filesystem", "_StorageInfo"), state)
+
+
+def _size(numbers: tuple[int, ...]) -> pickles.Call:
+    return pickles.Call(pickles.Global("torch", "Size"), (numbers,))
+
+
+def _properties(dtype: DType) -> pickles.Instance:
+    """A plain tensor on the CPU: type, layout, requires_grad, memory format (contiguous), pinned."""
+    layout = pickles.Call(pickles.Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = pickles.Call(pickles.Global(f"{_MODULE}.metadata", "_MEM_FORMAT_ENCODING"), (0,))
+    state = (pickles.Global("torch", dtype.name), layout, False, contiguous, False)
+    return _described("TensorProperties", state)
+
+
 def empty_object() -> bytes:
     """What Megatron stores for an extra state that holds nothing."""
-    stream = io.BytesIO()
-    torch.save([None], stream)
-    return stream.getvalue()
+    return object_archive([None])
 
 
 def read_content(directory: Path) -> dict[str, Any]:
     """What the writer noted about the checkpoint's content; empty when it noted nothing, or nothing plain."""
+    import torch
+
     try:
         common = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError):

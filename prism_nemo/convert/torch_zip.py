@@ -1,6 +1,7 @@
 """What `torch.save` writes for one tensor, as bytes around the tensor's own, so that a tensor can be written as it streams by.
 
-The format is a ZIP archive of stored entries. All but the checksum of the tensor's bytes is known beforehand, the sizes too.
+The format is a ZIP archive of stored entries. The checksum of the tensor's bytes is left out (zero), as `torch.save` leaves it
+out after `torch.serialization.set_crc32_options(False)`: torch's reader does not look at it. So all is known beforehand.
 """
 
 from __future__ import annotations
@@ -13,28 +14,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
-import torch
-
+from prism_nemo.convert import pickles
+from prism_nemo.convert.dtypes import BY_STORAGE, DType
 from prism_nemo.errors import CheckpointError
 
 _NAME = "archive"
 _DATA_ALIGNMENT = 64  # as torch writes it, counted from the start of the archive
 _LIMIT = (1 << 32) - (1 << 20)  # ZIP without its 64-bit extension
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 
 
@@ -43,31 +32,38 @@ class TensorArchive:
     """The archive of one contiguous tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def data_bytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def data_offset(self) -> int:
         """Where the tensor's bytes begin."""
-        return len(self.render(0)[0])
+        return len(self.render()[0])
 
     @property
     def total_bytes(self) -> int:
-        before, after = self.render(0)
+        before, after = self.render()
         return len(before) + self.data_bytes + len(after)
 
-    def render(self, crc: int) -> tuple[bytes, bytes]:
-        """What goes before and after the tensor's bytes, whose CRC-32 is `crc`."""
+    def render(self) -> tuple[bytes, bytes]:
+        """What goes before and after the tensor's bytes."""
         if self.data_bytes > _LIMIT:
             raise CheckpointError(f"a tensor of {list(self.shape)} is larger than 4 GiB", remedy="a checkpoint in bfloat16")
-        return _render(self.shape, self.dtype, crc)
+        return _render(_described_tensor(self.shape, self.dtype), self.data_bytes)
 
 
-@lru_cache(maxsize=64)
-def _render(shape: tuple[int, ...], dtype: torch.dtype, crc: int) -> tuple[bytes, bytes]:
+def object_archive(value: Any) -> bytes:
+    """What `torch.save` writes for an object without tensors. What may be in it: see `pickles`."""
+    before, after = _render(pickles.dumps(value), None)
+    return before + after
+
+
+@lru_cache(maxsize=256)
+def _render(description: bytes, data_bytes: int | None) -> tuple[bytes, bytes]:
+    """What goes before and after an archive's data; None: it has none."""
     before, directory, entries = bytearray(), bytearray(), 0
 
     def entry(name: str, size: int, checksum: int, at: int, pad_to: int = 1) -> bytes:
@@ -87,11 +83,11 @@ def _render(shape: tuple[int, ...], dtype: torch.dtype, crc: int) -> tuple[bytes
     def small(target: bytearray, name: str, content: bytes, start: int) -> None:
         target.extend(entry(name, len(content), zlib.crc32(content), start + len(target)) + content)
 
-    small(before, "data.pkl", _pickled(shape, dtype), 0)
+    small(before, "data.pkl", description, 0)
     small(before, "byteorder", b"little", 0)
-    size = int(torch.Size(shape).numel()) * dtype.itemsize
-    before.extend(entry("data/0", size, crc, len(before), _DATA_ALIGNMENT))
-    start, after = len(before) + size, bytearray()
+    if data_bytes is not None:
+        before.extend(entry("data/0", data_bytes, 0, len(before), _DATA_ALIGNMENT))
+    start, after = len(before) + (data_bytes or 0), bytearray()
     small(after, "version", b"3\n", start)
     small(after, ".data/serialization_id", b"0" * 40, start)
     end = struct.pack("<HHHHIIH", 0, 0, entries, entries, len(directory), start + len(after), 0)
@@ -102,43 +98,25 @@ def _without_extra(common: bytes) -> tuple[int, ...]:
     return (*struct.unpack("<HHHHHIIIHH", common)[:-1], 0)
 
 
-class _Storage:
-    def __init__(self, dtype: torch.dtype, numel: int) -> None:
-        self.dtype, self.numel = dtype, numel
+@lru_cache(maxsize=256)
+def _described_tensor(shape: tuple[int, ...], dtype: DType) -> bytes:
+    """The pickle by which torch rebuilds a contiguous tensor from its storage."""
+    storage = pickles.Persistent(("storage", pickles.Global("torch", dtype.storage or ""), "0", "cpu", prod(shape)))
+    hooks = pickles.Call(pickles.Global("collections", "OrderedDict"), ())
+    rebuild = pickles.Global("torch._utils", "_rebuild_tensor_v2")
+    return pickles.dumps(pickles.Call(rebuild, (storage, 0, shape, _contiguous(shape), False, hooks)))
 
 
-class _Tensor:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.storage = shape, _Storage(dtype, int(torch.Size(shape).numel()))
-
-
-class _Pickler(pickle.Pickler):
-    """Describes a tensor as torch does, without having one."""
-
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _Storage):
-            return "storage", getattr(torch, _STORAGE_NAMES[obj.dtype]), "0", "cpu", obj.numel
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _Tensor):
-            stride = tuple(torch.empty(obj.shape, device="meta").stride())
-            hooks: OrderedDict[str, Any] = OrderedDict()
-            return torch._utils._rebuild_tensor_v2, (obj.storage, 0, obj.shape, stride, False, hooks)
-        return NotImplemented
-
-
-def _pickled(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(_Tensor(shape, dtype))
-    return stream.getvalue()
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, as torch gives them."""
+    return tuple(prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @dataclass(frozen=True)
 class _Described:
     """What an archive says of its tensor."""
 
-    dtype: torch.dtype
+    dtype: DType
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -152,38 +130,49 @@ class _Unpickler(pickle.Unpickler):
             return _described
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in BY_STORAGE:
+            return BY_STORAGE[name]
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a tensor")
 
     def persistent_load(self, pid: Any) -> Any:
         return pid[1]
 
 
-def _described(dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int], *rest: Any) -> _Described:
+def _described(dtype: DType, offset: int, shape: Sequence[int], stride: Sequence[int], *rest: Any) -> _Described:
     return _Described(dtype, offset, tuple(shape), tuple(stride))
 
 
-def locate_tensor(stream: io.RawIOBase | io.BufferedIOBase, shape: Sequence[int], dtype: torch.dtype) -> int:
+def locate_tensor(stream: io.RawIOBase | io.BufferedIOBase, shape: Sequence[int], dtype: DType) -> int:
     """Where the bytes of the archive's tensor begin; ValueError unless it is contiguous, of that shape and type, and alone."""
     import zipfile
 
     try:
         with zipfile.ZipFile(stream) as archive:
             infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            described = _Unpickler(io.BytesIO(archive.read(infos["data.pkl"]))).load()
-            if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
-                raise ValueError("the tensor is big-endian")
-    except (zipfile.BadZipFile, KeyError, pickle.UnpicklingError, EOFError) as error:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+            raise ValueError("it is compressed")
+        places = {name: (_begin(stream, info.header_offset), info.file_size) for name, info in infos.items()}
+        described = _Unpickler(io.BytesIO(_read(stream, *places["data.pkl"]))).load()
+        if "byteorder" in places and _read(stream, *places["byteorder"]) != b"little":
+            raise ValueError("the tensor is big-endian")
+    except (zipfile.BadZipFile, KeyError, struct.error, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"not a saved tensor: {error}") from error
-    data = infos.get("data/0")
-    stride = tuple(torch.empty(tuple(shape), device="meta").stride())
-    expected = _Described(dtype, 0, tuple(shape), stride)
+    expected = _Described(dtype, 0, tuple(shape), _contiguous(shape))
     if described != expected:
         raise ValueError(f"{described} instead of {expected}")
-    nbytes = int(torch.Size(tuple(shape)).numel()) * dtype.itemsize
-    if data is None or data.compress_type != zipfile.ZIP_STORED or data.file_size != nbytes:
-        raise ValueError(f"its data are not {nbytes} bytes as they are")
-    stream.seek(data.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", stream.read(4))
-    return int(data.header_offset + 30 + name_length + extra_length)
+    begin, size = places.get("data/0", (0, -1))
+    if size != prod(shape) * dtype.itemsize:
+        raise ValueError(f"its data are not {prod(shape) * dtype.itemsize} bytes")
+    return begin
+
+
+def _begin(stream: io.RawIOBase | io.BufferedIOBase, header: int) -> int:
+    """Where an entry's content begins."""
+    name_length, extra_length = struct.unpack("<HH", _read(stream, header + 26, 4))
+    return int(header + 30 + name_length + extra_length)
+
+
+def _read(stream: io.RawIOBase | io.BufferedIOBase, offset: int, size: int) -> bytes:
+    """Checksums are not looked at: torch can be told to leave them out."""
+    stream.seek(offset)
+    return stream.read(size) or b""

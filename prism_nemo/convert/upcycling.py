@@ -14,10 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig
+from prism_nemo.convert.dtypes import DType
 from prism_nemo.convert.pieces import Computed, Files, Piece, read_tensor
 from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, Shape, mappings
 from prism_nemo.convert.random_init import named_normal
@@ -97,7 +97,7 @@ class UpcycledSource:
         self._noise = lru_cache(maxsize=4)(lambda name: expert_noise(name, self._shapes[name], options, seed=seed))
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self.dense.dtype
 
     @property
@@ -115,7 +115,7 @@ class UpcycledSource:
         if not is_drawn and not is_noisy:
             return self.dense.pieces(dense_source(name), first, last)
         nbytes = (last - first) * prod(shape[1:]) * self.dtype.itemsize
-        return [Computed(nbytes, lambda: self._computed(name, first, last).to(self.dtype))]
+        return [Computed(nbytes, lambda: self._computed(name, first, last).to(self.dtype.torch))]
 
     def _computed(self, name: str, first: int, last: int) -> Tensor:
         shape = self._shapes[name]

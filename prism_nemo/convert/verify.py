@@ -77,7 +77,7 @@ def verify(hf: Path, checkpoint: Path, *, model: str | None = None, outputs: boo
             verdict.different.append(f"types: {source.dtype} and {stored.dtype}")
         _compare_tensors(source, stored, config, score_head, verdict)
     if outputs:
-        verdict.samples = _compare_outputs(hf, directory, config, score_head, stored.dtype)
+        verdict.samples = _compare_outputs(hf, directory, config, score_head, stored.dtype.torch)
     return verdict
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from helpers.qwen3_vl_configs import OFFICIAL, official_config
 from torch import Tensor
 
 from prism_nemo.convert.ops import (
@@ -17,9 +20,12 @@ from prism_nemo.convert.ops import (
     PadRows,
     Replicated,
     Row,
+    RowRun,
     Sharding,
     VisionQKV,
 )
+from prism_nemo.convert.pieces import rows_to_hf
+from prism_nemo.convert.qwen3_vl import ExpertLayout, mappings
 from prism_nemo.errors import LayoutError
 
 
@@ -100,6 +106,53 @@ def test_both_ways_lose_no_bit(op: Op, lengths: tuple[int, ...], tail: tuple[int
     back = op.to_hf(op.to_megatron(*tensors))
     assert len(back) == len(tensors)
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(back, tensors, strict=True))
+
+
+def in_order(runs: Sequence[RowRun], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensors[run.source][run.start : run.start + run.count] for run in runs])
+
+
+def test_row_orders_are_what_the_ops_do_for_every_official_model() -> None:
+    """Row numbers through each op that a model of any size has, both ways, against the order that it states."""
+    ops = {
+        (mapping.op, mapping.hf_shapes, mapping.fused)
+        for size in OFFICIAL
+        for layout in ExpertLayout
+        for mapping in mappings(official_config(size), layout=layout)
+    }
+    assert {type(op) for op, _, _ in ops} == {Copy, PadRows, MergeQKV, VisionQKV, GateUp, ExpertMatrix}
+    moved = 0
+    for op, shapes, fused in ops:
+        shapes = tuple(shape[1:] for shape in shapes) if fused else shapes
+        meta = [torch.empty(shape, device="meta") for shape in shapes]
+        assert op.megatron_shape(*shapes) == tuple(op.to_megatron(*meta).shape)
+        rows = tuple(shape[0] for shape in shapes)
+        order = op.row_order(*rows)
+        if order is None:
+            assert op == ExpertMatrix(transposed=True)
+            continue
+        numbers = list(torch.arange(sum(rows)).split(rows))
+        merged = op.to_megatron(*numbers)
+        assert torch.equal(in_order(order, numbers), merged)
+        back = rows_to_hf(op, rows)
+        assert all(torch.equal(in_order(runs, [merged]), part) for runs, part in zip(back, op.to_hf(merged), strict=True))
+        moved += len(order) > 1
+    assert moved > 10
+
+
+@pytest.mark.parametrize(
+    ("op", "order"),
+    [
+        (MergeQKV(2, 1, 4), (RowRun(0, 0, 8), RowRun(1, 0, 4), RowRun(2, 0, 4))),
+        (VisionQKV(1, 4), (RowRun(0, 0, 12),)),  # one head: nothing moves
+        (PadRows(6, 8), None),
+        (PadRows(6, 6), (RowRun(0, 0, 6),)),
+    ],
+)
+def test_row_orders_at_the_edges(op: Op, order: tuple[RowRun, ...] | None) -> None:
+    rows = {MergeQKV: (8, 4, 4), VisionQKV: (12,), PadRows: (6,)}[type(op)]
+    assert op.row_order(*rows) == order
+    assert op.megatron_shape(*((count, 5) for count in rows)) == op.to_megatron(*(torch.empty(n, 5) for n in rows)).shape
 
 
 def test_column_cuts_rows_and_row_cuts_columns() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,36 @@ from helpers.rows import one_rank
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision
 from prism_nemo.convert import manifest
 from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
+from prism_nemo.convert.dtypes import BFLOAT16, BY_NAME, FLOAT32, DType
 from prism_nemo.convert.hf_reader import HFReader
-from prism_nemo.convert.ops import GateUp, MergeQKV, VisionQKV
-from prism_nemo.convert.pieces import Files, RowRun, rows_to_hf, rows_to_megatron, tensor_bytes
+from prism_nemo.convert.ops import GateUp, MergeQKV, RowRun, VisionQKV
+from prism_nemo.convert.pieces import Files, rows_to_hf, tensor_bytes
 from prism_nemo.convert.plans import plan_checkpoint, plan_hf
 from prism_nemo.convert.qwen3_vl import hf_shapes
 from prism_nemo.convert.sources import CheckpointSource
-from prism_nemo.convert.torch_dist import Stored, StoredTensor, TorchDistCheckpoint, read_content
+from prism_nemo.convert.torch_dist import (
+    Stored,
+    StoredTensor,
+    TorchDistCheckpoint,
+    WrittenTensor,
+    empty_object,
+    read_content,
+    write_index,
+)
 from prism_nemo.convert.torch_zip import TensorArchive, locate_tensor
 from prism_nemo.engine import checkpoint as engine_checkpoint
 from prism_nemo.engine.checkpoint import save_model
@@ -124,7 +142,7 @@ class Nothing:
     """A source without values, which a plan does not need."""
 
     def __init__(self) -> None:
-        self.dtype, self.io = torch.bfloat16, Files()
+        self.dtype, self.io = BFLOAT16, Files()
         self.files: list[Path] = []
 
     def pieces(self, name: str, first: int, last: int) -> Any:
@@ -174,40 +192,90 @@ def test_all_official_sizes_are_accounted_for_in_both_directions(size: str) -> N
     assert set(back.weight_map) == set(shapes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(3, 2), (1, 1, 7, 5), (4,), ()])
-def test_an_archive_is_one_that_torch_writes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randn(shape).to(dtype)
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize("shape", [(3, 2), (1, 1, 7, 5), (70000, 1), (4,), (0, 3), ()])
+def test_an_archive_is_one_that_torch_writes(shape: tuple[int, ...], dtype: DType) -> None:
+    """Without the tensor's checksum, as torch writes it when told so; the rest of the archive has its checksums."""
+    tensor = torch.randn(shape).to(dtype.torch)
     archive, content = TensorArchive(shape, dtype), bytes(tensor_bytes(tensor))
-    before, after = archive.render(zlib.crc32(content))
+    before, after = archive.render()
     raw = before + content + after
-    assert len(raw) == archive.total_bytes
-    assert zipfile.ZipFile(io.BytesIO(raw)).testzip() is None
+    assert len(raw) == archive.total_bytes and len(before) == archive.data_offset
     loaded = torch.load(io.BytesIO(raw), weights_only=True)
-    assert loaded.dtype == dtype and loaded.shape == tensor.shape and torch.equal(loaded, tensor)
-    theirs = io.BytesIO()
+    assert loaded.dtype == dtype.torch and loaded.shape == tensor.shape and torch.equal(loaded, tensor)
+    theirs, unchecked = io.BytesIO(), io.BytesIO()
     torch.save(tensor, theirs)
-    for stream in (io.BytesIO(raw), theirs):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, unchecked)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    ours = zipfile.ZipFile(io.BytesIO(raw))
+    assert ours.getinfo("archive/data/0").CRC == zipfile.ZipFile(unchecked).getinfo("archive/data/0").CRC == 0
+    for name in set(ours.namelist()) - {"archive/data/0"}:
+        ours.read(name)  # BadZipFile where a checksum is wrong
+    for stream in (io.BytesIO(raw), theirs, unchecked):
         start = locate_tensor(stream, shape, dtype)
         assert stream.getvalue()[start : start + len(content)] == content
+    described = (pickletools.optimize(zipfile.ZipFile(each).read("archive/data.pkl")) for each in (io.BytesIO(raw), theirs))
+    assert next(described) == next(described)
+
+
+def test_torch_reads_the_archive_of_an_object() -> None:
+    for weights_only in (True, False):
+        assert torch.load(io.BytesIO(empty_object()), weights_only=weights_only) == [None]
+
+
+def test_the_index_is_the_object_that_torch_would_pickle(tmp_path: Path) -> None:
+    """Attribute for attribute: what is unpickled equals the same index built of torch's own classes."""
+    large = 1 << 40
+    tensors = [
+        WrittenTensor("a", (2, 300), BFLOAT16, (0, 0), (1, 300), ("f", 70000, 1 << 31)),
+        WrittenTensor("a", (2, 300), BFLOAT16, (1, 0), (1, 300), ("g", large, 600)),
+        WrittenTensor("b", (), FLOAT32, (), (), ("f", 255, 256)),
+    ]
+    write_index(tmp_path, tensors, ["c"], ("f", 0, 65535))
+    contiguous = torch.contiguous_format
+    a, b = (TensorProperties(dtype, torch.strided, False, contiguous, False) for dtype in (torch.bfloat16, torch.float32))
+    parts = [ChunkStorageMetadata(torch.Size(t.offsets), torch.Size(t.sizes)) for t in tensors]
+    expected = Metadata(
+        {
+            "a": TensorStorageMetadata(a, torch.Size((2, 300)), parts[:2]),
+            "b": TensorStorageMetadata(b, torch.Size(()), parts[2:]),
+            "c": BytesStorageMetadata(),
+        },
+        storage_data={
+            MetadataIndex("a", (0, 0), 0): _StorageInfo("f", 70000, 1 << 31),
+            MetadataIndex("a", (1, 0), 1): _StorageInfo("g", large, 600),
+            MetadataIndex("b", (), 0): _StorageInfo("f", 255, 256),
+            MetadataIndex("c"): _StorageInfo("f", 0, 65535),
+        },
+        storage_meta=StorageMeta(),
+        version="1.0.0",
+    )
+    found = pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert found == expected
+    assert [vars(key) for key in found.storage_data] == [vars(key) for key in expected.storage_data]
+    assert [type(key.offset) for key in found.storage_data] == [torch.Size] * 3 + [type(None)]
+    assert vars(found).keys() == vars(pickle.loads(pickle.dumps(expected))).keys()
 
 
 def test_a_tensor_that_is_not_what_the_index_says_is_refused() -> None:
     stream = io.BytesIO()
     torch.save(torch.ones(2, 3), stream)
-    for shape, dtype in (((3, 2), torch.float32), ((2, 3), torch.int32)):
+    for shape, dtype in (((3, 2), FLOAT32), ((2, 3), BY_NAME["int32"])):
         with pytest.raises(ValueError, match="instead of"):
             locate_tensor(stream, shape, dtype)
     transposed = io.BytesIO()
     torch.save(torch.ones(3, 2).T, transposed)
     with pytest.raises(ValueError, match="stride"):
-        locate_tensor(transposed, (2, 3), torch.float32)
+        locate_tensor(transposed, (2, 3), FLOAT32)
 
 
 def test_rows_of_ops() -> None:
     """By hand: two groups of two query heads, a key and a value head, of one row each."""
     qkv = MergeQKV(num_heads=4, num_kv_heads=2, head_dim=1)
-    assert rows_to_megatron(qkv, (4, 2, 2)) == (
+    assert qkv.row_order(4, 2, 2) == (
         RowRun(0, 0, 2),
         RowRun(1, 0, 1),
         RowRun(2, 0, 1),
@@ -215,14 +283,14 @@ def test_rows_of_ops() -> None:
         RowRun(1, 1, 1),
         RowRun(2, 1, 1),
     )
-    assert rows_to_hf(qkv, 8) == (
+    assert rows_to_hf(qkv, (4, 2, 2)) == (
         (RowRun(0, 0, 2), RowRun(0, 4, 2)),
         (RowRun(0, 2, 1), RowRun(0, 6, 1)),
         (RowRun(0, 3, 1), RowRun(0, 7, 1)),
     )
-    assert rows_to_megatron(GateUp(), (3, 3)) == (RowRun(0, 0, 3), RowRun(1, 0, 3))
+    assert GateUp().row_order(3, 3) == (RowRun(0, 0, 3), RowRun(1, 0, 3))
     vision = VisionQKV(num_heads=2, head_dim=2)
-    assert [run.start for run in rows_to_megatron(vision, (12,))] == [0, 4, 8, 2, 6, 10]
+    assert [run.start for run in vision.row_order(12)] == [0, 4, 8, 2, 6, 10]
 
 
 class Evil:
