@@ -18,6 +18,7 @@ from prism_nemo.config.validate import validate
 from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.open import open_file
 from prism_nemo.data.records import ImageSource, Record
+from prism_nemo.data.sources import video_item
 from prism_nemo.data.stream import fingerprint
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt
@@ -100,8 +101,10 @@ def _rows(records: dict[int, Record], config: PairsConfig, opened: SamplingRun) 
 def _shared_fields(record: Record, root: Path) -> dict[str, Any]:
     """What the pairs of a record have in common, in the pairwise form that the readers take."""
     system = {"system": record.metadata["system"]} if "system" in record.metadata else {}
+    videos = [video_item(video, lambda file: _relative(file, root)) for video in record.videos]
     return {
         **system,
+        **({"videos": videos} if videos else {}),
         "id": record.id,
         "prompt": record.prompt,
         "images": [_relative(image, root) for image in record.images],

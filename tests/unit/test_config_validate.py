@@ -331,11 +331,15 @@ def test_data_files_that_are_none(place: Path) -> None:
     assert (error.what, error.where) == ("the image folder does not exist", f"data.image_root: {place / 'images'}")
 
 
-def test_image_bounds_in_the_wrong_order(place: Path) -> None:
-    error = error_of("sft", place, "data.image_min_pixels=1000", "data.image_max_pixels=999")
-    assert error.what == "images cannot have at least 1000 and at most 999 pixels"
-    assert error.where == "data.image_min_pixels, data.image_max_pixels"
-    validate(load("sft", place, "data.image_min_pixels=1000", "data.image_max_pixels=1000"))
+@pytest.mark.parametrize(
+    ("name", "unit"), [("data.image_{}_pixels", "pixels"), ("data.video_{}_pixels", "pixels"), ("data.video_{}_frames", "frames")]
+)
+def test_bounds_in_the_wrong_order(place: Path, name: str, unit: str) -> None:
+    low, high = name.format("min"), name.format("max")
+    error = error_of("sft", place, f"{low}=1000", f"{high}=999")
+    assert error.what == f"{name[5:10]}s cannot have at least 1000 and at most 999 {unit}"
+    assert error.where == f"{low}, {high}"
+    validate(load("sft", place, f"{low}=1000", f"{high}=1000"))
 
 
 def test_a_row_that_does_not_hold_one_sample(place: Path) -> None:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prism_nemo.data.readers import RecordSet, read_records
-from prism_nemo.data.records import ImageSource
+from prism_nemo.data.records import ImageSource, VideoSource
+from prism_nemo.data.sources import video_item, video_source
 from prism_nemo.errors import DataError
 
 USER = {"role": "user", "content": "how many?"}
@@ -74,6 +75,78 @@ def test_a_prompt_without_a_response(tmp_path: Path) -> None:
 def test_placeholders_are_put_in_front_where_there_are_none(tmp_path: Path) -> None:
     assert read_one(tmp_path, {"messages": [USER], "images": ["x.png", "y.png"]}).prompt == "<image><image>how many?"
     assert read_one(tmp_path, {"prompt": "how many?", "image": "x.png"}).prompt == "<image>how many?"
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [
+        ({"path": "clip", "fps": 4}, {"fps": 4.0}),
+        ({"path": "clip", "timestamps": [0, 0.5, 0.5]}, {"timestamps": (0.0, 0.5, 0.5)}),
+        ({"path": "clip.mp4", "bytes": None, "frames": None, "fps": None, "timestamps": None}, {}),
+        ("clip.mp4", {}),
+    ],
+)
+def test_videos_by_path(tmp_path: Path, given: object, times: dict[str, Any]) -> None:
+    name = given if isinstance(given, str) else given["path"]  # type: ignore[index]
+    expected = (VideoSource(path=tmp_path / name, **times),)
+    assert read_one(tmp_path, {"messages": [USER], "videos": [given]}).videos == expected
+    record = read_one(tmp_path, {"prompt": "how many?", "video": given})
+    assert (record.videos, record.prompt, record.images) == (expected, "<video>how many?", ())
+
+
+def test_videos_as_frames_and_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    frames = {"frames": [{"bytes": b"\x89PNG", "path": None}, {"bytes": None, "path": "b.png"}], "fps": 2.0}
+    rows = [{"prompt": "q", "videos": [frames]}, {"prompt": "q", "videos": [{"bytes": b"mp4"}]}]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    first, second = read_records(file, image_root=None).records
+    assert first.videos == (VideoSource(frames=(ImageSource(data=b"\x89PNG"), ImageSource(path=tmp_path / "b.png")), fps=2.0),)
+    assert second.videos == (VideoSource(data=b"mp4"),)
+
+
+def test_images_and_several_videos(tmp_path: Path) -> None:
+    both = {"images": ["x.png"], "videos": ["a.mp4", {"frames": ["b/1.png", "b/2.png"], "timestamps": [0, 3]}]}
+    record = read_one(tmp_path, {"messages": [{"role": "user", "content": "<video>or <image>or <video>?"}], **both})
+    assert record.prompt == "<video>or <image>or <video>?"
+    assert [video.timestamps for video in record.videos] == [None, (0.0, 3.0)]
+    assert [frame.path for frame in record.videos[1].frames] == [tmp_path / "b/1.png", tmp_path / "b/2.png"]
+    assert read_one(tmp_path, {"messages": [USER], **both}).prompt == "<image><video><video>how many?"
+    assert read_one(tmp_path, {"prompt": "in <image>?", **both}).prompt == "<video><video>in <image>?"
+
+
+def test_content_in_parts(tmp_path: Path) -> None:
+    content = [
+        {"type": "text", "text": "from "},
+        {"type": "image", "image": "x.png"},
+        {"type": "text", "text": " to "},
+        {"type": "video", "video": ["1.png", "2.png"], "fps": 2},
+        {"type": "video", "video": "clip", "timestamps": [1, 2]},
+        {"type": "video", "video": {"path": "clip.mp4"}},
+    ]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "three"}]}]
+    record = read_one(tmp_path, {"messages": turns})
+    assert (record.prompt, record.response) == ("from <image> to <video><video><video>", "three")
+    assert record.images == (ImageSource(path=tmp_path / "x.png"),)
+    frames = tuple(ImageSource(path=tmp_path / f"{number}.png") for number in (1, 2))
+    assert record.videos == (
+        VideoSource(frames=frames, fps=2.0),
+        VideoSource(path=tmp_path / "clip", timestamps=(1.0, 2.0)),
+        VideoSource(path=tmp_path / "clip.mp4"),
+    )
+    bare = [{"type": "video"}, {"type": "text", "text": "how many?"}]
+    record = read_one(tmp_path, {"messages": [{"role": "user", "content": bare}], "videos": ["a.mp4"]})
+    assert (record.prompt, record.videos) == ("<video>how many?", (VideoSource(path=tmp_path / "a.mp4"),))
+
+
+def test_video_items_come_back(tmp_path: Path) -> None:
+    items = [
+        {"frames": ["b/1.png", "b/2.png"], "timestamps": [0.0, 3.0]},
+        {"frames": ["b/1.png"], "fps": 2.0},
+        {"path": "clip", "fps": 0.5},
+        {"path": "clip.mp4"},
+    ]
+    for item in items:
+        assert video_item(video_source(item, tmp_path), lambda image: str((image.path or Path()).relative_to(tmp_path))) == item
 
 
 def test_image_paths_are_taken_from_the_root(tmp_path: Path) -> None:
@@ -169,6 +242,33 @@ def test_parquet_with_plain_byte_images(tmp_path: Path) -> None:
         ({"prompt": "q", "image": "a\0b"}, "not a path or bytes"),
         ({"prompt": "q", "images": [3]}, "an image is a number"),
         ({"prompt": "q", "images": [{"path": None}]}, "an image is nothing"),
+        ({"prompt": "<video> q"}, "1 <video> placeholders for 0 videos"),
+        ({"prompt": "<video> q", "videos": ["a", "b"]}, "1 <video> placeholders for 2 videos"),
+        ({"prompt": "q", "video": "https://example.com/a.mp4"}, "the video .* is a URL"),
+        ({"prompt": "q", "videos": [3]}, "a video is a number, not a path or bytes"),
+        ({"prompt": "q", "videos": [{"fps": 2}]}, "a video is nothing"),
+        ({"prompt": "q", "videos": [["a.png", "b.png"]]}, "the video's frames have no times"),
+        ({"prompt": "q", "videos": [{"frames": [], "fps": 2}]}, "a video's frames are none"),
+        ({"prompt": "q", "videos": [{"frames": "a.png", "fps": 2}]}, "a video's frames are text"),
+        ({"prompt": "q", "videos": [{"frames": ["http://a/b.png"], "fps": 2}]}, "the image .* is a URL"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": 0}]}, "a video's `fps` is 0"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": float("inf")}]}, "a video's `fps` is inf"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": "24"}]}, "a video's `fps` is '24'"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": True}]}, "a video's `fps` is True"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": 2, "timestamps": [0]}]}, "both `fps` and `timestamps`"),
+        ({"prompt": "q", "videos": [{"path": "a", "timestamps": [1, 0.5]}]}, "`timestamps` are not seconds in order"),
+        ({"prompt": "q", "videos": [{"path": "a", "timestamps": [-1, 0]}]}, "`timestamps` are not seconds in order"),
+        ({"prompt": "q", "videos": [{"path": "a", "timestamps": [0, None]}]}, "`timestamps` are not seconds in order"),
+        ({"prompt": "q", "videos": [{"path": "a", "timestamps": 3}]}, "`timestamps` are not seconds in order"),
+        ({"prompt": "q", "videos": [{"frames": ["a", "b"], "timestamps": [0]}]}, "1 timestamps for 2 frames"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "a part of the user turn is of type 'sound'"),
+        ({"messages": [{"role": "user", "content": ["text"]}]}, "a part of the user turn is text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "of type 'text'"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}, "holds images or videos"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}], "images": ["b"]},
+            "images are both in the turn and in the record's own field",
+        ),
         ({"prompt": "q", "audios": ["a.wav"]}, "audios are not supported"),
         ({"prompt": 3}, "`prompt` is a number"),
         ({"prompt": "q", "answer": True}, "`answer` is true or false"),
