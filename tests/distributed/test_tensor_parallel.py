@@ -16,6 +16,7 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from helpers.rows import assert_gradients_close, build_model, gradients, one_rank, routing_of, run_row
 from helpers.tiny import NUM_EXPERTS, PATCH_WIDTH, make_group, tiny_model
+from helpers.videos import mixed_group, mixed_prompt
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
@@ -72,17 +73,20 @@ def make_rows() -> dict[str, PackedRow]:
     text = [make_group((), (5, 7, 2), seed=63, kinds=KINDS, text_length=9)]
     image = make_group([(4, 6)], (3, 4), seed=64)
     long_text = make_group((), (20, 21), seed=65, text_length=10)
+    video = mixed_group(mixed_prompt([3, (3, 4, 6), 2, (4, 4), (2, 2, 8), 4], seed=66), (5, 2), seed=66)
     rows = {
         "several_groups": several,
         "text": text,
         "image_in_first_half": [image, long_text],
         "image_in_last_half": [long_text, image],
+        "videos": [video, image],
     }
     made = {name: make_row(groups, pad_multiple=TP) for name, groups in rows.items()}
     return {**made, "padded": make_row(several, pad_multiple=64), "idle": make_row([], pad_multiple=TP, patch_size=PATCH_WIDTH)}
 
 
 ROWS = make_rows()
+STEP_ROWS = {name: row for name, row in ROWS.items() if name != "videos"}  # of a discriminator's step
 
 
 def run_and_differentiate(model: Qwen3VLModel, row: PackedRow, *, dedicated: bool) -> dict[str, Any]:
@@ -186,12 +190,12 @@ def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
     with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
         found: dict[str, Any] = {"log_probs": [run_log_probs(**options) for options in LOG_PROBS]}
         for routing, config in DISCRIMINATORS.items():
-            found[routing] = run_discriminator(config, directories["dense"], parallel, runtime, list(ROWS.values()))
+            found[routing] = run_discriminator(config, directories["dense"], parallel, runtime, list(STEP_ROWS.values()))
         for name, case in CASES.items():
             cut = ParallelConfig(tensor_model_parallel_size=TP, sequence_parallel=case.sequence_parallel)
             found[name] = run_case(directories[name], cut, case)
         runtime = initialize(ParallelConfig(), RuntimeConfig(device=Device.cpu))
-        mine = [row for name, row in ROWS.items() if (name in FIRST_RANKS_ROWS) == (runtime.data_parallel_rank == 0)]
+        mine = [row for name, row in STEP_ROWS.items() if (name in FIRST_RANKS_ROWS) == (runtime.data_parallel_rank == 0)]
         config = DISCRIMINATORS[Routing.learned]
         found["data_parallel"] = run_discriminator(config, directories["dense"], ParallelConfig(), runtime, mine)
     return found
@@ -288,7 +292,7 @@ def assert_same_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("routing", DISCRIMINATORS)
 def test_discriminator_step_equals_one_ranks(two_ranks: list[dict[str, Any]], routing: Routing) -> None:
-    config, rows = DISCRIMINATORS[routing], list(ROWS.values())
+    config, rows = DISCRIMINATORS[routing], list(STEP_ROWS.values())
     expected = run_discriminator(config, tiny_model().directory, ParallelConfig(), one_rank(), rows)
     for rank in two_ranks:
         torch.testing.assert_close(rank[routing]["scores"], expected["scores"], atol=1e-5, rtol=1e-5)
@@ -297,11 +301,11 @@ def test_discriminator_step_equals_one_ranks(two_ranks: list[dict[str, Any]], ro
 
 def test_step_does_not_depend_on_which_rank_has_which_rows(two_ranks: list[dict[str, Any]]) -> None:
     """One data-parallel rank with a row of text alone, the other with all the images."""
-    config, rows = DISCRIMINATORS[Routing.learned], list(ROWS.values())
+    config, rows = DISCRIMINATORS[Routing.learned], list(STEP_ROWS.values())
     expected = run_discriminator(config, tiny_model().directory, ParallelConfig(), one_rank(), rows)
     scores = iter([*two_ranks[1]["data_parallel"]["scores"]])
     text = two_ranks[0]["data_parallel"]["scores"]
-    in_order = [text[0] if name in FIRST_RANKS_ROWS else next(scores) for name in ROWS]
+    in_order = [text[0] if name in FIRST_RANKS_ROWS else next(scores) for name in STEP_ROWS]
     torch.testing.assert_close(in_order, expected["scores"], atol=1e-5, rtol=1e-5)
     for rank in two_ranks:
         assert_same_step(rank["data_parallel"], expected)
