@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import write_atomically
 
 THREADS = 2  # of each rank
+FLUSH_BYTES = 1 << 27  # how much of a file may wait in memory before it is sent to disk, while the rest is written
 Map = Callable[..., Iterator[Any]]  # `map`, or an executor's
 
 
@@ -60,6 +61,38 @@ def write_slot(target: int, slot: Slot, files: Files) -> None:
         before, after = slot.archive.render()
         write_all(target, before, slot.offset)
         write_all(target, after, slot.data_offset + slot.nbytes)
+
+
+class _Growing:
+    """An open file whose content goes to disk while more is written: at its end there is little left to wait for."""
+
+    def __init__(self, descriptor: int, syncing: Executor) -> None:
+        self.descriptor = descriptor
+        self._syncing = syncing
+        self._waiting = 0  # bytes
+        self._flushes: list[Future[None]] = []
+
+    def write(self, slot: Slot, source: Files) -> None:
+        write_slot(self.descriptor, slot, source)
+        self._waiting += slot.nbytes
+        if self._waiting >= FLUSH_BYTES and (not self._flushes or self._flushes[-1].done()):
+            self._waiting = 0
+            self._flushes.append(self._syncing.submit(os.fdatasync, self.descriptor))
+
+    def finish(self, size: int) -> os.stat_result:
+        """Has all of it on disk, and closes it."""
+        try:
+            for flush in self._flushes:
+                flush.result()  # the kernel tells an error once
+            os.ftruncate(self.descriptor, size)
+            os.fsync(self.descriptor)
+            return os.fstat(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+
+    def discard(self) -> None:
+        wait(self._flushes)
+        os.close(self.descriptor)
 
 
 class Staging:
@@ -142,11 +175,15 @@ class Staging:
                 if self._is_whole(file):
                     return True
                 (self._journal / file.name).unlink(missing_ok=True)
-                target = os.open(self.content / self._inside / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                write_all(target, file.header, 0)
-                largest_first = sorted(file.slots, key=lambda slot: -slot.nbytes)  # even shares
-                list(over_slots(lambda slot: write_slot(target, slot, source), largest_first))
-                finishing.append(syncing.submit(self._finish, target, file))
+                descriptor = os.open(self.content / self._inside / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                growing = _Growing(descriptor, syncing)
+                try:
+                    write_all(descriptor, file.header, 0)
+                    list(over_slots(lambda slot: growing.write(slot, source), file.slots))
+                except BaseException:
+                    growing.discard()
+                    raise
+                finishing.append(syncing.submit(self._finish, growing, file))
                 return False
 
             kept = sum(over_files(write_file, mine))
@@ -154,14 +191,9 @@ class Staging:
                 future.result()
         return sum(self._ranks.gather(kept))
 
-    def _finish(self, target: int, file: TargetFile) -> None:
+    def _finish(self, growing: _Growing, file: TargetFile) -> None:
         """Has the file on disk, and only then in the journal."""
-        try:
-            os.ftruncate(target, file.size)
-            os.fsync(target)
-            state = os.fstat(target)
-        finally:
-            os.close(target)
+        state = growing.finish(file.size)
         write_atomically(self._journal / file.name, json.dumps(_as_it_is(state)))
 
     def _is_whole(self, file: TargetFile) -> bool:
