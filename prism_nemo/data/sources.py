@@ -26,6 +26,7 @@ from prism_nemo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, ImageS
 from prism_nemo.errors import DataError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/|data:")
+_MAX_SECONDS = 1e7  # of a timestamp and between two frames: a third of a year; the prompt spells the number out
 _PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 
@@ -164,17 +165,21 @@ def _path(path: object, root: Path, what: str) -> Path:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's integers have no bounds
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _fps(value: object) -> float | None:
     if value is None:
         return None
     fps = _number(value)
-    if fps is None or fps <= 0:
-        raise DataError(f"a video's `fps` is {value!r:.40}", remedy="frames a second, above 0")
+    if fps is None or not 1 / _MAX_SECONDS <= fps <= _MAX_SECONDS:
+        raise DataError(f"a video's `fps` is {value!r:.40}", remedy=f"frames a second, above 0 and at most {_MAX_SECONDS:g}")
     return fps
 
 
@@ -183,8 +188,11 @@ def _timestamps(values: object) -> tuple[float, ...] | None:
         return None
     seconds = [_number(value) for value in values] if isinstance(values, list) else [None]
     known = [second for second in seconds if second is not None]
-    if len(known) != len(seconds) or known != sorted(known) or (known and known[0] < 0):
-        raise DataError("a video's `timestamps` are not seconds in order", remedy="one number per frame, from 0, ascending")
+    if len(known) != len(seconds) or known != sorted(known) or (known and not 0 <= known[0] <= known[-1] <= _MAX_SECONDS):
+        raise DataError(
+            "a video's `timestamps` are not seconds in order",
+            remedy=f"one number per frame, ascending, from 0 to {_MAX_SECONDS:g}",
+        )
     return tuple(known)
 
 

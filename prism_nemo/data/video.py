@@ -125,8 +125,8 @@ class VideoProcessor:
             number = reader.count
         else:
             assert reader.fps is not None
-            number = int(reader.count / reader.fps * self.fps)
-            number = min(max(number, self.min_frames), self.max_frames, reader.count)
+            number = int(min(reader.count / reader.fps * self.fps, self.max_frames))
+            number = min(max(number, self.min_frames), reader.count)
         if number < self.temporal_patch_size:
             raise DataError(f"the video has {reader.count} frame", where=reader.where, remedy="give it as an image")
         return [int(index) for index in np.linspace(0, reader.count - 1, number).round()]

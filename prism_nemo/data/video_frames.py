@@ -69,9 +69,9 @@ def open_video(source: VideoSource, root: Path | None) -> FrameReader:
     return _frame_files(source, frames, root, where=str(place))
 
 
-def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
     """Sorts frame_2 before frame_10."""
-    return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", name)], name
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)], name
 
 
 def _frame_files(source: VideoSource, frames: Sequence[ImageSource], root: Path | None, *, where: str) -> FrameReader:

@@ -228,6 +228,13 @@ def test_a_folder_of_frames(folder: Path) -> None:
     assert timed.seconds(7) == 7
 
 
+def test_names_sort_by_their_text_and_then_by_their_number(tmp_path: Path) -> None:
+    names = ["a.png", "a1.png", "a2.png", "a10.png", "a10b1.PNG", "b.jpg", "b1.png"]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(png(Image.new("RGB", (32, 32), (number, 0, 0))))
+    assert reds(open_video(VideoSource(path=tmp_path, fps=5.0), tmp_path), range(7)) == [1, 2, 3, 4, 0, 6, 5]
+
+
 def refuse(source: VideoSource, root: Path | None) -> str:
     with pytest.raises(DataError) as error:
         list(open_video(source, root).read([0]))
