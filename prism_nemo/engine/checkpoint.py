@@ -73,6 +73,9 @@ def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     """
     directory.mkdir(parents=True, exist_ok=True)
     metadata = _metadata()
+    for chunk in chunks_of(model):
+        if _has_fp8_history(chunk):
+            _keep_fp8_history(chunk)
     state = _sharded_state(model, metadata)
     updates = 0 if optimizer is None else optimizer.num_updates
     if optimizer is not None and updates:
@@ -100,6 +103,14 @@ def _tensors_alone(optimizer_state: Any) -> Any:
 def _has_fp8_history(chunk: Any) -> bool:
     """Whether FP8 scales come from earlier steps, so that a run can only go on as it was with those of its checkpoint."""
     return chunk.config.fp8 is not None and chunk.config.fp8_recipe == Fp8Recipe.delayed.value
+
+
+def _keep_fp8_history(chunk: torch.nn.Module) -> None:
+    """Has Transformer Engine save the scales that its modules hold, also when the last pass was bf16 (a rollout, say)."""
+    for module in chunk.modules():
+        meta: Any = getattr(module, "fp8_meta", {})
+        if "scaling_fwd" in meta:
+            meta["fp8_checkpoint"] = True
 
 
 def _without_extra_states(state: Any) -> Any:
