@@ -215,7 +215,7 @@ class TrainerConfig:
 class RolloutConfig:
     """How responses are sampled."""
 
-    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is fast and needs a GPU
+    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is not in this release
     temperature: float = 1.0  # 0: greedy, in evaluation only
     top_p: float = 1.0  # smallest set of tokens with this probability; 1: all
     top_k: int = 0  # 0: all tokens

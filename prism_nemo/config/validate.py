@@ -278,12 +278,8 @@ def _check_greedy(rollout: RolloutConfig) -> None:
 
 
 def _check_rollout_engine(rollout: RolloutConfig) -> None:
-    if rollout.engine is RolloutEngineKind.vllm and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "vLLM is not installed",
-            where="rollout.engine",
-            remedy="install the `gpu` extra (pip install 'prism-nemo[gpu]'), or use rollout=megatron",
-        )
+    if rollout.engine is RolloutEngineKind.vllm:
+        raise ConfigError("vLLM rollouts are not in this release", where="rollout.engine", remedy="use rollout=megatron")
 
 
 def check_exp_manager(settings: Mapping[str, Any]) -> None:

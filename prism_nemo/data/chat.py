@@ -59,7 +59,8 @@ class ChatEncoder:
 
     model_config is the parsed `config.json` of a Qwen3-VL; the tokenizer and the image processor are its own, and video_config is
     its parsed `video_preprocessor_config.json`, without which there can be no videos. Image and video paths are taken below
-    `image_root`; None allows only records without files. Raises ConfigError when they do not fit together.
+    the record's own image root, or `image_root`; None allows only records without files. Raises ConfigError when they do not fit
+    together.
     """
 
     def __init__(
@@ -206,16 +207,17 @@ class ChatEncoder:
 
     def _blocks(self, record: Record, kinds: Sequence[str]) -> list[VisualBlock]:
         """The record's images and videos in the order of their placeholders."""
-        images = iter(self._image_blocks([load_image(source, self.image_root) for source in record.images]))
+        root = record.image_root or self.image_root
+        images = iter(self._image_blocks([load_image(source, root) for source in record.images]))
         videos = iter(record.videos)
-        return [next(images) if kind == "image" else self._video_block(next(videos)) for kind in kinds]
+        return [next(images) if kind == "image" else self._video_block(next(videos), root) for kind in kinds]
 
-    def _video_block(self, source: VideoSource) -> VisualBlock:
+    def _video_block(self, source: VideoSource, root: Path | None) -> VisualBlock:
         if self._video_processor is None:
             raise ConfigError(
                 f"the model directory has no {CONFIG_FILE}, which videos need", remedy="copy it from the HuggingFace model"
             )
-        block = self._video_processor(open_video(source, self.image_root))
+        block = self._video_processor(open_video(source, root))
         self._tokenize(_MARKERS.sub(" ", block.text))  # refuses timestamps where the vocabulary has no words for them
         return block
 

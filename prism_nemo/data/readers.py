@@ -157,6 +157,7 @@ def _to_record(item: object, record_id: str, root: Path) -> Record:
         answer=_answer(item, "answer"),
         caption=_text(item, "caption"),
         probe_response=_text(item, "probe_response"),
+        image_root=root,
         metadata=metadata,
     )
 

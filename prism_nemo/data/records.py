@@ -45,6 +45,7 @@ class Record:
     answer            RLVR and evaluation: the verified answer
     caption           evaluation: the true perception, where known
     probe_response    `response` with one fact changed in each segment: the content probe's other side
+    image_root        images and videos lie below it; None: whoever loads them says below what
     """
 
     id: str
@@ -56,4 +57,5 @@ class Record:
     caption: str | None = None
     probe_response: str | None = None
     videos: tuple[VideoSource, ...] = ()
+    image_root: Path | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.chat import DEFAULT_SYSTEM_PROMPT, ChatEncoder
 from prism_nemo.data.digits_model import build_tokenizer, write_model_files
 from prism_nemo.data.digits_text import SYSTEM_PROMPT
+from prism_nemo.data.readers import read_records
 from prism_nemo.data.records import ImageSource, Record
 from prism_nemo.errors import ConfigError, DataError
 
@@ -324,3 +325,25 @@ def test_code_in_the_directory_is_not_run(directory: Path, tmp_path: Path) -> No
     own = ChatEncoder.from_directory(directory, DataConfig(system_prompt=SYSTEM_PROMPT), image_root=None)
     assert type(own.tokenizer).__module__.startswith("transformers.")
     assert not marker.exists()
+
+
+def test_every_file_has_its_own_image_root(tmp_path: Path) -> None:
+    """Training and held-out records lie in folders of their own, each with its images; neither may reach into the other's."""
+    write_model_files(tmp_path / "model")
+    data = DataConfig(system_prompt=SYSTEM_PROMPT)
+    for name, color in (("train", "red"), ("test", "blue")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 32), color).save(tmp_path / name / "images" / "a.png")
+        record = {"id": name, "prompt": "<image>", "images": ["images/a.png"], "answer": "1"}
+        (tmp_path / name / "records.jsonl").write_text(json.dumps(record) + "\n")
+        setattr(data, "train" if name == "train" else "validation", str(tmp_path / name / "records.jsonl"))
+    encoder = ChatEncoder.from_directory(tmp_path / "model", data, image_root=None)
+    pixels = {}
+    for name, file in (("train", data.train), ("test", data.validation)):
+        assert file is not None
+        (record,) = read_records(Path(file), image_root=None).records
+        pixels[name] = encoder.encode_prompt(record).pixel_values
+    assert not torch.equal(pixels["train"], pixels["test"])
+    stray = dataclasses.replace(record, images=(ImageSource(path=tmp_path / "train" / "images" / "a.png"),))
+    with pytest.raises(DataError, match="lies outside the image root"):
+        encoder.encode_prompt(stray)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -458,11 +457,10 @@ def test_settings_that_are_possible(place: Path, stage: str, overrides: list[str
     validate(load(stage, place, *overrides))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_vllm_that_is_not_installed(place: Path) -> None:
+def test_vllm_is_refused_before_anything_is_loaded(place: Path) -> None:
     error = error_of("rlvr", place, "rollout=vllm")
-    assert (error.what, error.where) == ("vLLM is not installed", "rollout.engine")
-    assert error.remedy is not None and "prism-nemo[gpu]" in error.remedy
+    assert (error.what, error.where) == ("vLLM rollouts are not in this release", "rollout.engine")
+    assert error.remedy == "use rollout=megatron"
 
 
 # Ranges
