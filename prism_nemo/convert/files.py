@@ -90,7 +90,7 @@ def read_weights_header(path: Path) -> dict[str, StoredWeight]:
         found = {name: _stored_weight(path, 8 + length, name, entry) for name, entry in header.items()}
         _check_spans(found.values(), 8 + length, size)
         return {name: weight for name, (weight, _) in found.items()}
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(
             f"not a whole safetensors file ({error})",
             where=f"{path} ({path.stat().st_size if path.exists() else 0} bytes)",

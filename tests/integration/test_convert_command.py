@@ -47,6 +47,25 @@ def test_import_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the target exists" in capsys.readouterr().err
 
 
+def test_a_dense_model_is_converted_without_torch(tmp_path: Path) -> None:
+    """Importing torch takes longer than copying a small model."""
+    script = """
+import sys
+from prism_nemo.cli import main
+assert main(["convert", "import", "--hf", sys.argv[1], "--out", sys.argv[2]]) == 0
+assert main(["convert", "export", "--checkpoint", sys.argv[2], "--out", sys.argv[3]]) == 0
+print(sorted({"torch", "numpy", "safetensors", "omegaconf"} & sys.modules.keys()))
+"""
+    source, exported = tiny_model().directory, tmp_path / "exported"
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "checkpoint"), str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    before, after = (load_file(directory / "model.safetensors") for directory in (source, exported))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_verify(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Equal weights compute equal numbers; a weight that differs by one unit in the last place shows in both."""
     source = tiny_model(experts=True).directory

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.qwen3_vl_configs import tiny_config, transformers_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prism_nemo.convert.dtypes import BY_CODE
+from prism_nemo.convert.files import read_weights_header
 from prism_nemo.convert.hf import (
     HFReader,
     HFWriter,
@@ -28,6 +30,7 @@ from prism_nemo.convert.hf import (
     import_tensors,
     load_model_config,
 )
+from prism_nemo.convert.pieces import Files, Run, Runs, read_tensor
 from prism_nemo.convert.qwen3_vl import ExpertLayout, hf_shapes
 from prism_nemo.errors import CheckpointError
 
@@ -207,6 +210,50 @@ def test_a_file_cut_short(saved: dict[str, Path], kept: int, tmp_path: Path) -> 
     (tmp_path / "model.safetensors").write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         HFReader(tmp_path)
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+HEADERS = {  # of a file with eight bytes of values, and what is wrong
+    "whole": ({"a": entry("F32", [1], 0, 4), "b": entry("U8", [2, 2], 4, 8)}, None),
+    "in another order": ({"b": entry("F32", [], 4, 8), "a": entry("BF16", [2], 0, 4)}, None),
+    "with an empty tensor": ({"a": entry("F64", [1], 0, 8), "b": entry("F32", [0, 3], 8, 8)}, None),
+    "a gap": ({"a": entry("F32", [1], 4, 8)}, "one after another at byte"),
+    "bytes left over": ({"a": entry("F32", [1], 0, 4)}, "end at byte"),
+    "an overlap": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 4, 8)}, "one after another"),
+    "beyond the end": ({"a": entry("F32", [3], 0, 12)}, "end at byte"),
+    "another size": ({"a": entry("BF16", [2], 0, 8)}, r"`a` has 8 bytes for \[2\] of BF16"),
+    "a negative offset": ({"a": entry("F32", [2], -8, 0)}, "does not describe `a`"),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "does not describe `a`"),
+    "a shape of text": ({"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}, "does not describe `a`"),
+    "a tensor that is a number": ({"a": 8}, "does not describe `a`"),
+    "a list": ([1], "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_are_held_to_the_format_as_the_library_holds_them(case: str, tmp_path: Path) -> None:
+    header, problem = HEADERS[case]
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(8)))
+    if problem is None:
+        found = read_weights_header(path)
+        with safe_open(path, framework="pt") as theirs:
+            assert found.keys() == set(theirs.keys())
+            files = Files()
+            for name, weight in found.items():
+                run = Runs((Run(weight, 0, theirs.get_tensor(name).nbytes),))
+                tensor = read_tensor([run], files, weight.shape, BY_CODE[weight.dtype])
+                assert torch.equal(tensor, theirs.get_tensor(name))
+            files.close()
+        return
+    with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
+        pass
+    with pytest.raises(CheckpointError, match=problem):
+        read_weights_header(path)
 
 
 def test_a_git_lfs_pointer_is_not_weights(tmp_path: Path) -> None:
