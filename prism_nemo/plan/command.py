@@ -17,8 +17,9 @@ from prism_nemo.errors import ConfigError
 from prism_nemo.plan import report
 from prism_nemo.plan.activations import Cost, Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GPUS, read_gpu
-from prism_nemo.plan.memory import Settings
-from prism_nemo.plan.search import Job, Plan, best, does_not_fit, evaluate, with_recompute
+from prism_nemo.plan.layouts import Layout, with_recompute
+from prism_nemo.plan.placed import Settings
+from prism_nemo.plan.search import Job, Plan, best, does_not_fit, evaluate
 from prism_nemo.plan.shapes import OFFICIAL_SIZES, Shape, read_shape
 from prism_nemo.plan.timing import Cluster
 from prism_nemo.plan.workload import STAGES, Workload
@@ -43,6 +44,9 @@ where
   --gpus-per-node N      GPUs of one (8)
   --layout A=N,...       tp, pp, vpp, first and last (layers of those stages), cp, ep, etp; sp=true|false,
                          recompute=none|core_attn|mlp|core_attn+mlp|full, offload=true|false
+  --discriminator-layout A=N,...
+                         align: the discriminator's own, over the same GPUs. With --layout alone it is cut as the policy is;
+                         with neither, both are searched
 
 one step; what is not given is the stage's own setting, with lengths at their limits and images half of the prompt
   --prompt-tokens N      of a typical prompt, its image included
@@ -55,13 +59,15 @@ one step; what is not given is the stage's own setting, with lengths at their li
 
 what is written
   --top N                how many layouts are listed (10)
-  --out FILE             the layout (the best one found) as a file for conf/parallel
+  --out FILE             the layout (the best one found) as a file for conf/parallel; with a layout of the
+                         discriminator's own it sets `discriminator_parallel` too, and is for align alone
   --json                 everything, as JSON
 
 examples
   prism-nemo plan --model 8B --stage sft
   prism-nemo plan --model 8B --stage align --gpu h200 --layout tp=4,sp=true --response-tokens 1500
   prism-nemo plan --model 30B-A3B --stage rlvr --nodes 2 --out conf/parallel/mine.yaml
+  prism-nemo plan --model 30B-A3B --stage align --nodes 2 --layout tp=4,ep=16,sp --discriminator-layout ep=4
 
 Memory follows what the engine allocates and is checked against measured runs; times are estimates from data sheets and named
 assumptions, not verified on hardware. docs/planning.md explains both.
@@ -90,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=_count, default=1)
     parser.add_argument("--gpus-per-node", type=_count, default=8)
     parser.add_argument("--layout")
+    parser.add_argument("--discriminator-layout")
     for name in ("prompt-tokens", "response-tokens", "rollouts", "global-batch", "row-tokens", "max-batch-size"):
         parser.add_argument(f"--{name}", type=_count)
     parser.add_argument("--image-tokens", type=_count_or_none)
@@ -101,11 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Plans and prints. Raises ConfigError, LayoutError or PlanError."""
     job = read_job(options)
+    own = None
+    if options.discriminator_layout is not None:
+        own = layout_of_given(job, parse_layout(options.discriminator_layout, option="--discriminator-layout"))
     if options.layout is None:
-        plans = best(job)
+        plans = best(job, own)
     else:
-        given = parse_layout(options.layout)
-        plans = [plan_of(job, given)]
+        plans = [evaluate(job, layout_of_given(job, parse_layout(options.layout)), own)]
     if options.json:
         sys.stdout.write(json.dumps(report.as_json(job, plans[: options.top]), indent=2) + "\n")
     else:
@@ -126,6 +135,10 @@ def read_job(options: argparse.Namespace) -> Job:
     elif options.discriminator is not None:
         raise ConfigError(
             f"{options.stage} has no discriminator", where="--discriminator", remedy="leave it out, or plan warmup or align"
+        )
+    if options.stage != "align" and options.discriminator_layout is not None:
+        raise ConfigError(
+            f"{options.stage} does not train two models", where="--discriminator-layout", remedy="use --layout, or plan align"
         )
     cost = Cost(
         value_bytes=4 if options.precision == "fp32" else 2,
@@ -191,7 +204,7 @@ class GivenLayout:
     offload: bool
 
 
-def parse_layout(text: str) -> GivenLayout:
+def parse_layout(text: str, *, option: str = "--layout") -> GivenLayout:
     """`tp=2,ep=4,sp=true`. Raises ConfigError for an unknown name or value; whether it is possible is checked elsewhere."""
     values: dict[str, Any] = {}
     recompute, offload = Recompute.none, False
@@ -209,20 +222,20 @@ def parse_layout(text: str) -> GivenLayout:
         elif name != "dp":  # what is left over is data-parallel; naming it does no harm
             raise ConfigError(
                 f"`{part}` is not part of a layout",
-                where="--layout",
+                where=option,
                 remedy="as in tp=4,pp=2,sp=true,recompute=full: "
                 f"{', '.join(_SIZES)} are numbers, sp and offload true or false, recompute {', '.join(Recompute)}",
             )
     return GivenLayout(ParallelConfig(**values), recompute, offload)
 
 
-def plan_of(job: Job, given: GivenLayout) -> Plan:
-    """The plan of a layout as given, with the distributed optimizer where there are replicas to spread it over."""
+def layout_of_given(job: Job, given: GivenLayout) -> Layout:
+    """A layout as given, with the distributed optimizer where there are replicas to spread it over."""
     parallel = given.parallel
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     parallel = replace(parallel, use_distributed_optimizer=job.cluster.world_size > model_ranks)
     settings = replace(job.settings, cost=replace(job.settings.cost, recompute=given.recompute), cpu_offload=given.offload)
-    return evaluate(job, with_recompute(parallel, given.recompute), settings)
+    return Layout(with_recompute(parallel, given.recompute), settings)
 
 
 def write_layout(path: Path, job: Job, plan: Plan) -> None:

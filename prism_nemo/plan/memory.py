@@ -7,34 +7,16 @@ Nothing here was fitted: every term is what a part of the engine allocates (`eng
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import ceil
+from functools import lru_cache
+from math import lcm
 
 from prism_nemo.config.schema import ParallelConfig
-from prism_nemo.plan.activations import (
-    FP32,
-    LOGITS_AT_A_TIME,
-    Attention,
-    Cost,
-    Row,
-    layer_workspace,
-    logits_workspace,
-    saved_bytes,
-)
+from prism_nemo.plan.activations import FP32, Row, layer_workspace, logits_workspace, saved_bytes
+from prism_nemo.plan.decoding import Decoding, fitting_decoding
 from prism_nemo.plan.parameters import expert_tensor_size, rank_parameters, stage_layers
+from prism_nemo.plan.placed import Placed, Settings
 from prism_nemo.plan.shapes import Shape
-from prism_nemo.plan.workload import Workload, discriminator_passes, policy_passes, prompts_per_rank
-
-_FIRST_CAPACITY = 32  # rollout/cache.py
-_PREFILL_TOKENS = 8192  # rollout/megatron.py
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What changes memory beside shape and layout."""
-
-    cost: Cost = field(default_factory=Cost)
-    cpu_offload: bool = False  # optimizer.cpu_offload: its state is on the GPU only while it steps
-    fused_adam: bool = False  # from Transformer Engine or apex; torch's keeps one more copy of the second moment for a moment
+from prism_nemo.plan.workload import Workload, prompts_per_rank
 
 
 @dataclass(frozen=True)
@@ -65,25 +47,12 @@ class Pass:
         return self.activations + self.vision + self.logits
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What sampling adds, for so many sequences at once."""
-
-    sequences: int
-    kv_cache: float
-    workspace: float
-
-    @property
-    def total(self) -> float:
-        return self.kv_cache + self.workspace
-
-
 NOTHING = Pass(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The rank that needs most; `stage` is its pipeline stage. Absent parts are zero."""
+    """The rank that needs most; `stage` is its pipeline stage, of the policy where there is one. Absent parts are zero."""
 
     stage: int
     policy: ModelState | None
@@ -160,35 +129,6 @@ def _rows_in_flight(stage: int, pp: int, chunks: int, num_rows: int) -> float:
     return min(warm_up, num_rows * chunks) / chunks
 
 
-def decoding(shape: Shape, workload: Workload, sequences: int, parallel: ParallelConfig, cost: Cost, stage: int = 0) -> Decoding:
-    """`MegatronEngine`'s caches for so many sequences decoded at once: prompts once, responses in a doubling buffer."""
-    layers = stage_layers(shape, parallel, stage)
-    tp, b = parallel.tensor_model_parallel_size, FP32 if cost.attention is Attention.cpu else cost.value_bytes
-    prompts = ceil(sequences / workload.rollouts)
-    capacity = _FIRST_CAPACITY
-    while capacity < workload.response_tokens:
-        capacity *= 2
-    width = shape.key_width / tp
-    prompt_layer = 2 * prompts * workload.prompt_tokens * width * b
-    own_layer = 2 * sequences * capacity * width * b
-    scores = 2 * sequences * shape.num_heads / tp * (workload.prompt_tokens + workload.response_tokens) * FP32
-    # keys, then values, as fp32 copies; a layer's buffer stands beside its larger successor while it grows
-    casts = 0.0 if b == FP32 else FP32 / b * max(prompt_layer, own_layer) / 2
-    logits = 4 * FP32 * LOGITS_AT_A_TIME
-    prefill = _prefill(shape, workload, parallel, cost)
-    attending = scores + max(casts, own_layer / 2)
-    return Decoding(sequences, layers * (prompt_layer + own_layer), max(logits, attending, prefill))
-
-
-def _prefill(shape: Shape, workload: Workload, parallel: ParallelConfig, cost: Cost) -> float:
-    """The widest values of a row of prompts."""
-    tokens = max(_PREFILL_TOKENS, workload.prompt_tokens)
-    width = 4 * shape.ffn_hidden_size / parallel.tensor_model_parallel_size
-    if shape.experts is not None:
-        width = 3 * shape.experts.topk * (shape.hidden_size + shape.experts.ffn_hidden_size)
-    return tokens * cost.value_bytes * (width + 4 * shape.hidden_size)
-
-
 @dataclass(frozen=True)
 class Overhead:
     """Assumed, not modelled."""
@@ -197,13 +137,32 @@ class Overhead:
     fragmentation: float  # share of everything else that the caching allocator holds and cannot use
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What one model needs on the ranks of one of its pipeline stages."""
+
+    state: ModelState
+    training: Pass
+
+
+@lru_cache(1024)
+def stage_needs(model: Placed, workload: Workload, world_size: int) -> tuple[Needs, ...]:
+    """By pipeline stage."""
+    packed = model.passes(workload, world_size)
+    return tuple(
+        Needs(
+            model_state(model.shape, model.parallel, world_size, model.settings, stage),
+            training_pass(model.shape, packed.row, packed.num_rows, model.parallel, model.settings, stage),
+        )
+        for stage in range(model.parallel.pipeline_model_parallel_size)
+    )
+
+
 def stage_memory(
-    policy: Shape | None,
-    discriminator: Shape | None,
+    policy: Placed | None,
+    discriminator: Placed | None,
     workload: Workload,
-    parallel: ParallelConfig,
     world_size: int,
-    settings: Settings,
     overhead: Overhead,
     *,
     capacity: float | None = None,
@@ -213,14 +172,15 @@ def stage_memory(
     With `capacity` (bytes of a GPU) as many sequences are decoded together as leave room, at least one, at most
     `workload.max_batch_size`; without, that many. Raises LayoutError when the batch does not divide over the ranks.
     """
-    pp = parallel.pipeline_model_parallel_size
-    prompts = prompts_per_rank(workload, parallel, world_size)
+    main = policy or discriminator
+    assert main is not None
+    prompts = prompts_per_rank(workload, main.parallel, world_size)
+    stages = [model.parallel.pipeline_model_parallel_size for model in (policy, discriminator) if model]
+    parts = lcm(*stages)  # ranks go through the stages in order, whatever the layout
+    places = sorted({tuple(part * count // parts for count in stages) for part in range(parts)})
 
     def ranks(work: Workload) -> list[Memory]:
-        return [
-            _rank_memory(policy, discriminator, work, prompts, parallel, world_size, settings, overhead, capacity, stage)
-            for stage in range(pp)
-        ]
+        return [_rank_memory(policy, discriminator, work, prompts, world_size, overhead, capacity, place) for place in places]
 
     found = ranks(workload)
     together = [memory.decoding.sequences for memory in found if memory.decoding]
@@ -230,61 +190,34 @@ def stage_memory(
 
 
 def _rank_memory(
-    policy: Shape | None,
-    discriminator: Shape | None,
+    policy: Placed | None,
+    discriminator: Placed | None,
     workload: Workload,
     prompts: int,
-    parallel: ParallelConfig,
     world_size: int,
-    settings: Settings,
     overhead: Overhead,
     capacity: float | None,
-    stage: int,
+    place: tuple[int, ...],
 ) -> Memory:
-    states = [model_state(shape, parallel, world_size, settings, stage) if shape else None for shape in (policy, discriminator)]
-    phases: dict[str, float] = {}
-    passes = {"policy update": NOTHING, "discriminator update": NOTHING}
-    for name, shape, pack in (
-        ("policy update", policy, policy_passes),
-        ("discriminator update", discriminator, discriminator_passes),
-    ):
-        if shape is not None:
-            packed = pack(workload, prompts)
-            passes[name] = training_pass(shape, packed.row, packed.num_rows, parallel, settings, stage)
-            phases[name] = passes[name].total
-    phases["optimizer step"] = max(state.optimizer_step for state in states if state)
-    resident = sum(state.total for state in states if state)
+    """Of a rank that is in stage `place[0]` of the first of the models and in `place[-1]` of the last."""
+    of_policy = stage_needs(policy, workload, world_size)[place[0]] if policy else None
+    of_discriminator = stage_needs(discriminator, workload, world_size)[place[-1]] if discriminator else None
+    needs = {"policy update": of_policy, "discriminator update": of_discriminator}
+    phases = {name: need.training.total for name, need in needs.items() if need}
+    phases["optimizer step"] = max(need.state.optimizer_step for need in needs.values() if need)
+    resident = sum(need.state.total for need in needs.values() if need)
     rollout = None
     if policy is not None and workload.samples:
         room = None if capacity is None else (capacity - overhead.fixed) / (1 + overhead.fragmentation) - resident
-        rollout = fitting_decoding(policy, workload, prompts, parallel, settings.cost, room, stage)
+        rollout = fitting_decoding(policy, workload, prompts, room, place[0])
         phases["rollout"] = rollout.total
-    lost = overhead.fixed + overhead.fragmentation * (resident + max(phases.values()))
     return Memory(
-        stage,
-        policy=states[0],
-        discriminator=states[1],
-        policy_pass=passes["policy update"],
-        discriminator_pass=passes["discriminator update"],
+        place[0],
+        policy=of_policy.state if of_policy else None,
+        discriminator=of_discriminator.state if of_discriminator else None,
+        policy_pass=of_policy.training if of_policy else NOTHING,
+        discriminator_pass=of_discriminator.training if of_discriminator else NOTHING,
         decoding=rollout,
-        overhead=lost,
+        overhead=overhead.fixed + overhead.fragmentation * (resident + max(phases.values())),
         phases=phases,
     )
-
-
-def fitting_decoding(
-    shape: Shape,
-    workload: Workload,
-    prompts: int,
-    parallel: ParallelConfig,
-    cost: Cost,
-    room: float | None,
-    stage: int = 0,
-) -> Decoding:
-    """The largest halving of `max_batch_size` that fits `room` bytes; one sequence where even that does not."""
-    sequences = min(workload.max_batch_size, prompts * workload.rollouts)
-    while True:
-        found = decoding(shape, workload, sequences, parallel, cost, stage)
-        if room is None or sequences == 1 or found.total <= room:
-            return found
-        sequences = max(1, sequences // 2)

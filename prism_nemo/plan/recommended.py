@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prism_nemo.config.layers import conf_root
-from prism_nemo.plan.command import add_arguments, parse_layout, plan_of, read_job
+from prism_nemo.plan.command import add_arguments, layout_of_given, parse_layout, read_job
 from prism_nemo.plan.hardware import GIB
-from prism_nemo.plan.report import layout_yaml
-from prism_nemo.plan.search import Job, Plan, describe
+from prism_nemo.plan.report import file_of
+from prism_nemo.plan.search import Job, Plan, describe, evaluate
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,17 @@ class Recommendation:
     gpu: str
     layout: str  # as `prism-nemo plan --layout` takes it
     stages: tuple[str, ...]
+    own: str | None = None  # the discriminator's (2B with 4 experts), where it is cut differently: a file for align alone
 
     @property
     def name(self) -> str:
-        return f"qwen3_vl_{self.size.lower().replace('-', '_')}_{self.nodes}x8_{self.gpu}"
+        size = self.size.lower().replace("-", "_")
+        return f"qwen3_vl_{size}{'' if self.own is None else '_align'}_{self.nodes}x8_{self.gpu}"
 
 
 ALL = ("sft", "align", "rlvr")
-NO_GAME = ("sft", "rlvr")  # a discriminator's few experts are not spread so far
+NO_GAME = ("sft", "rlvr")  # experts over more ranks than the discriminator has experts
+GAME = ("align",)
 
 RECOMMENDED = (
     Recommendation("2B", 1, "h100", "tp=4,sp", ALL),
@@ -53,6 +56,12 @@ RECOMMENDED = (
     Recommendation("235B-A22B", 8, "h200", "tp=4,ep=64,sp,recompute=mlp", NO_GAME),
     Recommendation("235B-A22B", 16, "h100", "tp=4,cp=2,ep=128,sp,recompute=mlp", NO_GAME),
     Recommendation("235B-A22B", 16, "h200", "tp=4,cp=2,ep=128,sp", NO_GAME),
+    Recommendation("30B-A3B", 1, "h200", "tp=4,ep=8,sp", GAME, "tp=4,sp"),
+    Recommendation("30B-A3B", 2, "h100", "tp=4,ep=16,sp,recompute=mlp", GAME, "tp=8,sp"),
+    Recommendation("30B-A3B", 2, "h200", "tp=4,ep=16,sp", GAME, "tp=4,sp"),
+    Recommendation("235B-A22B", 8, "h200", "tp=4,cp=4,ep=64,sp", GAME, "tp=8,sp"),
+    Recommendation("235B-A22B", 16, "h100", "tp=4,cp=8,ep=128,sp,recompute=mlp", GAME, "tp=8,sp"),
+    Recommendation("235B-A22B", 16, "h200", "tp=4,cp=8,ep=128,sp", GAME, "tp=8,sp"),
 )
 
 
@@ -62,21 +71,22 @@ def plan_stage(recommended: Recommendation, stage: str) -> tuple[Job, Plan]:
     add_arguments(parser)
     arguments = ["--model", recommended.size, "--stage", stage, "--nodes", str(recommended.nodes), "--gpu", recommended.gpu]
     job = read_job(parser.parse_args(arguments))
-    return job, plan_of(job, parse_layout(recommended.layout))
+    own = None if recommended.own is None else layout_of_given(job, parse_layout(recommended.own))
+    return job, evaluate(job, layout_of_given(job, parse_layout(recommended.layout)), own)
 
 
 def file_text(recommended: Recommendation) -> str:
     """The file, with what it was planned for in comments."""
     planned = {stage: plan_stage(recommended, stage)[1] for stage in recommended.stages}
     plan = planned[recommended.stages[0]]
-    lines = [
+    comments = [
         f"# Qwen3-VL-{recommended.size} on {recommended.nodes} x 8 {recommended.gpu.upper()}: {describe(plan)}.",
         "# Planned, not run (docs/planning.md), with the stages' own settings:",
     ]
     for stage, found in planned.items():
         sampling = f", with rollout.max_batch_size={found.memory.decoding.sequences}" if found.memory.decoding else ""
-        lines.append(f"#   {stage}: {found.memory.total / GIB:.0f} of {found.capacity / GIB:g} GiB{sampling}")
-    return "\n".join(lines) + "\n" + layout_yaml(plan)
+        comments.append(f"#   {stage}: {found.memory.total / GIB:.0f} of {found.capacity / GIB:g} GiB{sampling}")
+    return file_of(plan, comments)
 
 
 def main() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from prism_nemo.config.layers import GLOBAL_PACKAGE
+from prism_nemo.config.layout import data_parallel_size
 from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.plan.hardware import GIB
+from prism_nemo.plan.layouts import Layout, describe_layout
 from prism_nemo.plan.memory import Memory, ModelState
 from prism_nemo.plan.parameters import model_parameters
 from prism_nemo.plan.search import Job, Plan, data_parallel, describe
+from prism_nemo.plan.timing import Cluster
 
 UNVERIFIED = "times are estimates from data sheets and assumptions (docs/planning.md), not verified on hardware"
 
@@ -20,10 +25,11 @@ def as_text(job: Job, plans: Sequence[Plan], *, top: int, searched: bool) -> str
     lines = [*_job_lines(job), "", *_plan_lines(job, plans[0])]
     if searched:
         lines += ["", f"{len(plans)} layouts fit{f', the quickest {top}' if len(plans) > top else ''}:"]
-        lines += [f"  {'layout':<44} {'dp':>4} {'GiB':>7} {'spare':>7} {'s/step':>9} {'tokens/s':>10}"]
+        width = max(44, *(len(describe(plan)) for plan in plans[:top]))
+        lines += [f"  {'layout':<{width}} {'dp':>4} {'GiB':>7} {'spare':>7} {'s/step':>9} {'tokens/s':>10}"]
         for plan in plans[:top]:
             lines.append(
-                f"  {describe(plan):<44} {data_parallel(plan, job.cluster):>4} {plan.memory.total / GIB:>7.1f} "
+                f"  {describe(plan):<{width}} {data_parallel(plan, job.cluster):>4} {plan.memory.total / GIB:>7.1f} "
                 f"{plan.spare / GIB:>7.1f} {plan.time.total:>9.1f} {plan.time.tokens_per_second:>10,.0f}"
             )
     return "\n".join(lines) + "\n"
@@ -57,8 +63,7 @@ def _plan_lines(job: Job, plan: Plan) -> list[str]:
     lines.append(f"  {'at the peak':<42} {memory.total / GIB:>8.2f}  of {job.cluster.gpu.memory_gib:g}")
     if memory.decoding is not None:
         lines.append(f"  sampling needs rollout.max_batch_size={memory.decoding.sequences}")
-    if plan.settings.cpu_offload:
-        lines.append("  with optimizer.cpu_offload=true")
+    lines += [f"  with {offloaded}" for offloaded in _offloaded(job, plan)]
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time.phases.items())
     lines += [
         "",
@@ -112,6 +117,7 @@ def _plan_json(job: Job, plan: Plan) -> dict[str, Any]:
         "data_parallel_size": data_parallel(plan, job.cluster),
         "recompute": plan.settings.cost.recompute.value,
         "optimizer_cpu_offload": plan.settings.cpu_offload,
+        "discriminator": None if plan.own is None else _own_json(plan.own, job.cluster),
         "rollout_max_batch_size": memory.decoding.sequences if memory.decoding else None,
         "memory": {
             "pipeline_stage": memory.stage,
@@ -127,6 +133,16 @@ def _plan_json(job: Job, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _own_json(own: Layout, cluster: Cluster) -> dict[str, Any]:
+    return {
+        "layout": describe_layout(own),
+        "parallel": asdict(own.parallel),
+        "data_parallel_size": data_parallel_size(own.parallel, cluster.world_size),
+        "recompute": own.settings.cost.recompute.value,
+        "optimizer_cpu_offload": own.settings.cpu_offload,
+    }
+
+
 def as_yaml(job: Job, plan: Plan) -> str:
     """A file for conf/parallel, with what it was planned for in comments."""
     work, cluster = job.workload, job.cluster
@@ -137,9 +153,28 @@ def as_yaml(job: Job, plan: Plan) -> str:
     ]
     if plan.memory.decoding is not None:
         lines.append(f"# Sampling needs rollout.max_batch_size={plan.memory.decoding.sequences}.")
-    if plan.settings.cpu_offload:
-        lines.append("# Needs optimizer.cpu_offload=true.")
-    return "\n".join(lines) + "\n" + layout_yaml(plan)
+    lines += [f"# Needs {offloaded}." for offloaded in _offloaded(job, plan)]
+    return file_of(plan, lines)
+
+
+def _offloaded(job: Job, plan: Plan) -> list[str]:
+    """The settings that go with the layout."""
+    sections = ["optimizer"] if plan.settings.cpu_offload else []
+    if job.policy and job.discriminator and (plan.own or plan).settings.cpu_offload:
+        sections.append("discriminator_optimizer")
+    return [f"{section}.cpu_offload=true" for section in sections]
+
+
+def file_of(plan: Plan, comments: Sequence[str]) -> str:
+    """A file for conf/parallel: the keys of `parallel`, or both sections where the discriminator's layout is another."""
+    if plan.own is None:
+        return "\n".join(comments) + "\n" + layout_yaml(plan.parallel)
+    sections = {
+        "parallel": layout_yaml(plan.parallel),
+        "discriminator_parallel": "as_policy: false\n" + layout_yaml(plan.own.parallel),
+    }
+    text = "".join(f"{section}:\n{textwrap.indent(keys, '  ')}" for section, keys in sections.items())
+    return "\n".join([GLOBAL_PACKAGE, *comments]) + "\n" + text
 
 
 _ALWAYS_SAID = (
@@ -152,10 +187,10 @@ _ALWAYS_SAID = (
 )
 
 
-def layout_yaml(plan: Plan) -> str:
+def layout_yaml(parallel: ParallelConfig) -> str:
     """The layout's keys: the sizes, and whatever else is not as it is by default."""
     default = ParallelConfig()
-    said = {field.name: getattr(plan.parallel, field.name) for field in fields(ParallelConfig)}
+    said = {field.name: getattr(parallel, field.name) for field in fields(ParallelConfig)}
     said = {name: value for name, value in said.items() if name in _ALWAYS_SAID or value != getattr(default, name)}
     return "".join(f"{name}: {_yaml_value(value)}\n" for name, value in said.items())
 

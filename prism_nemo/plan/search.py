@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import gcd
 
-from prism_nemo.config.layout import ModelSizes, check_model, check_parallel, data_parallel_size, model_sizes
-from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.layout import data_parallel_size
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.errors import LayoutError, PrismError
 from prism_nemo.plan.activations import Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, GPUS
-from prism_nemo.plan.memory import Memory, Overhead, Settings, stage_memory
+from prism_nemo.plan.layouts import Layout, about_the_discriminator, check, describe_layout, layout_of
+from prism_nemo.plan.memory import Memory, Overhead, stage_memory, stage_needs
+from prism_nemo.plan.placed import Placed, Settings
 from prism_nemo.plan.shapes import Shape
-from prism_nemo.plan.timing import Cluster, StepTime, step_time
-from prism_nemo.plan.workload import Workload
+from prism_nemo.plan.timing import Cluster, StepTime, step_time, update_time
+from prism_nemo.plan.workload import Workload, prompts_per_rank
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
+RECOMPUTE = (Recompute.none, Recompute.mlp, Recompute.full)  # attention's own is little on a GPU
 
 
 class PlanError(PrismError):
@@ -35,8 +39,12 @@ class Job:
     settings: Settings
 
     @property
+    def models(self) -> tuple[Shape | None, Shape | None]:
+        return self.policy, self.discriminator
+
+    @property
     def shapes(self) -> list[Shape]:
-        return [shape for shape in (self.policy, self.discriminator) if shape is not None]
+        return [shape for shape in self.models if shape is not None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Plan:
 
     parallel: ParallelConfig
     settings: Settings
+    own: Layout | None  # the discriminator's, where it is not cut as the policy is
     memory: Memory
     time: StepTime
     capacity: float  # bytes of a GPU
@@ -58,76 +67,139 @@ class Plan:
     def fits(self) -> bool:
         return self.spare >= 0
 
-
-def sizes_of(shape: Shape) -> ModelSizes:
-    """What `config.layout` checks a layout against."""
-    sizes = model_sizes(dict(shape.config), shape.name)
-    if shape.is_discriminator and shape.experts is not None:
-        sizes = replace(sizes, num_experts=shape.experts.count, moe_ffn_hidden_size=shape.experts.ffn_hidden_size)
-    return sizes
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """For sorting: those that fit first, the quickest first; of those that do not, the least demanding first."""
+        return not self.fits, self.time.total if self.fits else -self.spare
 
 
-def evaluate(job: Job, parallel: ParallelConfig, settings: Settings) -> Plan:
-    """Memory and time of one layout. Raises LayoutError when it is impossible."""
-    check_parallel(parallel, job.cluster.world_size)
-    for shape in job.shapes:
-        check_model(sizes_of(shape), parallel)
-    if settings.cpu_offload and settings.cost.is_fp32:
-        raise LayoutError("only a bf16 model's optimizer can be offloaded", where="--layout: offload", remedy="--precision bf16")
+def evaluate(job: Job, layout: Layout, own: Layout | None = None) -> Plan:
+    """Memory and time of one layout, the discriminator's `own` beside it. Raises LayoutError when it is impossible."""
+    if own is None:
+        check(job.shapes, layout, job.cluster.world_size)
+        policy, discriminator = (layout.of(shape) if shape else None for shape in job.models)
+        return _plan(job, layout, None, policy, discriminator)
+    assert job.policy is not None and job.discriminator is not None
+    check([job.policy], layout, job.cluster.world_size)
+    with about_the_discriminator():
+        check([job.discriminator], own, job.cluster.world_size)
+    return _plan(job, layout, own, layout.of(job.policy), own.of(job.discriminator))
+
+
+def _plan(job: Job, layout: Layout, own: Layout | None, policy: Placed | None, discriminator: Placed | None) -> Plan:
+    """Of layouts that were checked. Raises LayoutError when the batch does not divide."""
     capacity = job.cluster.gpu.memory_gib * GIB
     overhead = Overhead(ASSUMPTIONS.framework_gib * GIB, ASSUMPTIONS.fragmentation)
-    memory = stage_memory(
-        job.policy,
-        job.discriminator,
-        job.workload,
-        parallel,
-        job.cluster.world_size,
-        settings,
-        overhead,
-        capacity=capacity,
-    )
-    time = step_time(job.policy, job.discriminator, job.workload, parallel, job.cluster, settings, memory)
-    return Plan(parallel, settings, memory, time, capacity)
+    memory = stage_memory(policy, discriminator, job.workload, job.cluster.world_size, overhead, capacity=capacity)
+    time = step_time(policy, discriminator, job.workload, job.cluster, memory)
+    return Plan(layout.parallel, layout.settings, own, memory, time, capacity)
 
 
-def search(job: Job) -> list[Plan]:
-    """Every layout that is possible, those that fit first, the quickest first; of those that do not, the least demanding first.
+def search(job: Job, own: Layout | None = None) -> list[Plan]:
+    """Every layout that is possible, with the best of the discriminator's (`own`, where it is given) where that is another.
 
-    The optimizer is offloaded only where nothing fits otherwise. Raises LayoutError when none is possible at all.
+    Sorted by `Plan.rank`. The optimizer is offloaded only where nothing fits otherwise. Raises LayoutError when none is possible
+    at all.
     """
-    plans = list(_evaluate_all(job, job.settings))
-    if not job.settings.cost.is_fp32 and not any(plan.fits for plan in plans):
-        plans += _evaluate_all(job, replace(job.settings, cpu_offload=True))
+    if own is not None and job.discriminator is not None:
+        with about_the_discriminator():
+            check([job.discriminator], own, job.cluster.world_size)
+    plans = [plan for round_ in _rounds(job, own) for plan in round_]
     if not plans:
         raise _impossible(job)
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.time.total if plan.fits else -plan.spare))
+    return sorted(plans, key=lambda plan: plan.rank)
 
 
-def _evaluate_all(job: Job, settings: Settings) -> Iterator[Plan]:
-    for parallel, recompute in candidates(job):
-        chosen = replace(settings, cost=replace(settings.cost, recompute=recompute))
-        try:
-            yield evaluate(job, parallel, chosen)
-        except LayoutError:
-            continue
+def _rounds(job: Job, own: Layout | None) -> Iterator[list[Plan]]:
+    plans = list(_evaluate_all(job, own))
+    yield plans
+    if not job.settings.cost.is_fp32 and not any(plan.fits for plan in plans):
+        yield list(_evaluate_all(replace(job, settings=replace(job.settings, cpu_offload=True)), own))
 
 
-def candidates(job: Job) -> Iterator[tuple[ParallelConfig, Recompute]]:
+def _evaluate_all(job: Job, own: Layout | None) -> Iterator[Plan]:
+    """One plan for every layout of the policy: the better one of the discriminator cut as it is and in another way."""
+    apart = _own_layouts(job, own)
+    for layout in candidates(job):
+        plans = []
+        if own is None:
+            with suppress(LayoutError):
+                plans.append(evaluate(job, layout))
+        if apart:
+            with suppress(LayoutError):
+                plans += _beside(job, layout, apart)
+        if plans:
+            yield min(plans, key=lambda plan: plan.rank)
+
+
+def _beside(job: Job, layout: Layout, apart: Sequence[tuple[Layout, Placed]]) -> Iterator[Plan]:
+    """The policy cut so, beside the discriminator's layouts, the quickest first, as long as a slower one may be better.
+
+    Raises LayoutError when the policy cannot be cut so.
+    """
+    assert job.policy is not None
+    check([job.policy], layout, job.cluster.world_size)
+    policy = layout.of(job.policy)
+    prompts = prompts_per_rank(job.workload, layout.parallel, job.cluster.world_size)
+    alone = max(needs.state.total + needs.training.total for needs in stage_needs(policy, job.workload, job.cluster.world_size))
+    if alone > job.cluster.gpu.memory_gib * GIB:  # there is no room for any: the smallest stands for all
+        apart = [min(apart, key=lambda other: _costs(job, other[1])[0])]
+    most = min(job.workload.max_batch_size, prompts * job.workload.rollouts)  # decoded together where there is room
+    for own, discriminator in apart:
+        plan = _plan(job, layout, own, policy, discriminator)
+        yield plan
+        if plan.fits and plan.memory.decoding is not None and plan.memory.decoding.sequences == most:
+            return
+
+
+def _own_layouts(job: Job, own: Layout | None) -> list[tuple[Layout, Placed]]:
+    """The discriminator's layouts beside a policy's (`own` alone, where it is given): none that another beats in memory and in
+    time, the quickest first."""
+    if job.policy is None or job.discriminator is None:
+        return []
+    if own is not None:
+        return [(own, own.of(job.discriminator))]
+    world, experts = job.cluster.world_size, job.discriminator.experts
+    tensor = [size for size in POWERS[:4] if size <= job.cluster.gpus_per_node]
+    expert = [size for size in POWERS if experts is not None and experts.count % size == 0] or [1]
+    kept: list[tuple[tuple[float, ...], Layout, Placed]] = []
+    for tp, ep, again in itertools.product(tensor, expert, RECOMPUTE):
+        layout = layout_of(job.settings, tp=tp, ep=ep, replicas=world // tp, recompute=again)
+        with suppress(LayoutError):
+            check([job.discriminator], layout, world)
+            placed = layout.of(job.discriminator)
+            costs = _costs(job, placed)
+            if not any(_beats(other, costs) for other, *_ in kept):
+                kept = [entry for entry in kept if not _beats(costs, entry[0])] + [(costs, layout, placed)]
+    return [(layout, placed) for _, layout, placed in sorted(kept, key=lambda entry: entry[0][-1])]
+
+
+def _costs(job: Job, discriminator: Placed) -> tuple[float, ...]:
+    needs = stage_needs(discriminator, job.workload, job.cluster.world_size)[0]
+    seconds, _ = update_time(discriminator, job.workload, job.cluster)
+    return needs.state.total, needs.training.total, needs.state.optimizer_step, seconds
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(mine <= its for mine, its in zip(one, other, strict=True))
+
+
+def candidates(job: Job) -> Iterator[Layout]:
     """Layouts worth a look: tensor parallelism within a machine, always with sequence parallelism and, where there are replicas,
-    the distributed optimizer. Whether they are possible is for `evaluate`."""
+    the distributed optimizer. Whether they are possible is for `check`."""
     world = job.cluster.world_size
     experts = [shape.experts.count for shape in job.shapes if shape.experts is not None]
     tensor = [size for size in POWERS if size <= job.cluster.gpus_per_node]
     pipeline = [size for size in POWERS[:5] if size <= world]
     context = POWERS[:4]
-    expert = [size for size in POWERS if size <= world and all(count % size == 0 for count in experts)] if experts else [1]
+    expert = [size for size in POWERS if size <= world and any(count % size == 0 for count in experts)] if experts else [1]
     chunks = (None, 2)
-    recompute = (Recompute.none, Recompute.mlp, Recompute.full)  # attention's own is little on a GPU
-    for tp, pp, cp, ep, vpp, again in itertools.product(tensor, pipeline, context, expert, chunks, recompute):
+    for tp, pp, cp, ep, vpp, again in itertools.product(tensor, pipeline, context, expert, chunks, RECOMPUTE):
         if world % (tp * pp * cp) or (vpp and pp == 1):
             continue
         first = _first_stage(job, pp) if vpp is None else None
-        yield layout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp, first=first, replicas=world // (tp * pp), recompute=again), again
+        replicas = world // (tp * pp)
+        yield layout_of(job.settings, tp=tp, pp=pp, cp=cp, ep=ep, vpp=vpp, first=first, replicas=replicas, recompute=again)
 
 
 def _first_stage(job: Job, pp: int) -> int | None:
@@ -137,44 +209,9 @@ def _first_stage(job: Job, pp: int) -> int | None:
     return left if layers % pp and left > 0 else None
 
 
-def layout(
-    *,
-    tp: int,
-    pp: int,
-    cp: int,
-    ep: int,
-    vpp: int | None,
-    first: int | None,
-    replicas: int,
-    recompute: Recompute = Recompute.none,
-) -> ParallelConfig:
-    """The configuration, with what goes with it."""
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        num_layers_in_first_pipeline_stage=first,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        sequence_parallel=tp > 1,
-        use_distributed_optimizer=replicas > 1,
-    )
-    return with_recompute(parallel, recompute)
-
-
-def with_recompute(parallel: ParallelConfig, recompute: Recompute) -> ParallelConfig:
-    """The configuration's keys for it."""
-    if recompute is Recompute.none:
-        return replace(parallel, recompute_granularity=None)
-    if recompute is Recompute.full:
-        return replace(parallel, recompute_granularity=RecomputeGranularity.full)
-    modules = [RecomputeModule(name) for name in recompute.value.split("+")]
-    return replace(parallel, recompute_granularity=RecomputeGranularity.selective, recompute_modules=modules)
-
-
-def best(job: Job) -> list[Plan]:
+def best(job: Job, own: Layout | None = None) -> list[Plan]:
     """The layouts that fit, the quickest first. Raises PlanError, saying how much is missing and what would help."""
-    plans = search(job)
+    plans = search(job, own)
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return fitting
@@ -219,10 +256,7 @@ def _what_would_help(job: Job) -> str:
 
 
 def _fits(job: Job) -> bool:
-    try:
-        return any(plan.fits for plan in search(job))
-    except LayoutError:
-        return False
+    return any(plan.fits for plans in _rounds(job, None) for plan in plans)
 
 
 def _enough_nodes(job: Job) -> list[int]:
@@ -260,7 +294,7 @@ def _frozen(settings: Settings) -> Settings:
 def _impossible(job: Job) -> LayoutError:
     """No layout passes the checks: nearly always the batch does not divide."""
     world, batch = job.cluster.world_size, job.workload.global_batch
-    largest = min(job.cluster.gpus_per_node, gcd(*(shape.num_kv_heads for shape in job.shapes)))
+    largest = min(job.cluster.gpus_per_node, job.shapes[0].num_kv_heads)
     needed = world // gcd(world, largest)
     return LayoutError(
         f"no layout of {len(job.shapes)} model(s) divides over {world} GPUs with a global batch of {batch}",
@@ -270,24 +304,9 @@ def _impossible(job: Job) -> LayoutError:
 
 
 def describe(plan: Plan) -> str:
-    """`tp=2 pp=2 dp=2 sp ...`, leaving out what is 1."""
-    parallel = plan.parallel
-    sizes = {
-        "tp": parallel.tensor_model_parallel_size,
-        "pp": parallel.pipeline_model_parallel_size,
-        "vpp": parallel.virtual_pipeline_model_parallel_size or 1,
-        "first": parallel.num_layers_in_first_pipeline_stage or 1,
-        "last": parallel.num_layers_in_last_pipeline_stage or 1,
-        "cp": parallel.context_parallel_size,
-        "ep": parallel.expert_model_parallel_size,
-        "etp": parallel.expert_tensor_parallel_size or 1,
-    }
-    parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    parts += ["sp"] if parallel.sequence_parallel else []
-    recompute = plan.settings.cost.recompute
-    parts += [f"recompute={recompute}"] if recompute is not Recompute.none else []
-    parts += ["offload"] if plan.settings.cpu_offload else []
-    return " ".join(parts) or "data-parallel only"
+    """`tp=2 pp=2 dp=2 sp ...`, leaving out what is 1, and the discriminator's where it is another."""
+    said = describe_layout(Layout(plan.parallel, plan.settings))
+    return said if plan.own is None else f"{said}; discriminator {describe_layout(plan.own)}"
 
 
 def data_parallel(plan: Plan, cluster: Cluster) -> int:

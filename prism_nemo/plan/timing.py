@@ -7,6 +7,7 @@ what they say to one another: no overlap is counted, the engine asks for none.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from prism_nemo.config.layout import data_parallel_size
@@ -14,7 +15,7 @@ from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.plan.activations import FP32, Attention, Recompute, is_sequence_parallel, saved_bytes
 from prism_nemo.plan.hardware import ASSUMPTIONS as A
 from prism_nemo.plan.hardware import GPU
-from prism_nemo.plan.memory import Memory, ModelState, Settings, replicas
+from prism_nemo.plan.memory import Memory, ModelState, replicas, stage_needs
 from prism_nemo.plan.parameters import (
     expert_parameters,
     expert_tensor_size,
@@ -23,8 +24,9 @@ from prism_nemo.plan.parameters import (
     stage_layers,
     vision_parameters,
 )
+from prism_nemo.plan.placed import Placed, Settings
 from prism_nemo.plan.shapes import Shape
-from prism_nemo.plan.workload import Passes, Workload, discriminator_passes, policy_passes, prompts_per_rank
+from prism_nemo.plan.workload import Passes, Workload, prompts_per_rank
 
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 _LOGITS_PASSES = 4  # forward, again in backward, and the gradients of both factors
@@ -73,33 +75,35 @@ class StepTime:
 
 
 def step_time(
-    policy: Shape | None,
-    discriminator: Shape | None,
-    workload: Workload,
-    parallel: ParallelConfig,
-    cluster: Cluster,
-    settings: Settings,
-    memory: Memory,
+    policy: Placed | None, discriminator: Placed | None, workload: Workload, cluster: Cluster, memory: Memory
 ) -> StepTime:
     """One step of a stage whose memory is known."""
-    prompts = prompts_per_rank(workload, parallel, cluster.world_size)
     phases: dict[str, float] = {}
     communication = 0.0
     if policy is not None and memory.decoding is not None:
-        phases["rollout"], said = _rollout(policy, workload, prompts, parallel, cluster, settings, memory.decoding.sequences)
+        phases["rollout"], said = rollout_time(policy, workload, cluster, memory.decoding.sequences)
         communication += said
-    tokens = 0
-    updates = (("discriminator", discriminator, discriminator_passes, memory.discriminator),)
-    for name, shape, pack, state in (*updates, ("policy", policy, policy_passes, memory.policy)):
-        if shape is None or state is None:
-            continue
-        passes = pack(workload, prompts)
-        work, said = _update(shape, passes, parallel, cluster, settings)
-        reducing = _reduce_gradients(shape, parallel, cluster, settings)
-        phases[name] = work + said + reducing + _optimizer(state, cluster, settings)
-        communication += said + reducing
-        tokens = passes.tokens * data_parallel_size(parallel, cluster.world_size)
+    for name, model in (("discriminator", discriminator), ("policy", policy)):
+        if model is not None:
+            phases[name], said = update_time(model, workload, cluster)
+            communication += said
+    trained = policy or discriminator
+    assert trained is not None
+    world_size = cluster.world_size
+    tokens = trained.passes(workload, world_size).tokens * trained.data_parallel_size(world_size)
     return StepTime(phases, communication, tokens)
+
+
+@lru_cache(1024)
+def update_time(model: Placed, workload: Workload, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of one model's forward and backward passes and its optimizer step, and those of talk in them."""
+    shape, parallel, settings = model.shape, model.parallel, model.settings
+    work, said = _update(shape, model.passes(workload, cluster.world_size), parallel, cluster, settings)
+    reducing = _reduce_gradients(shape, parallel, cluster, settings)
+    state = max(
+        (needs.state for needs in stage_needs(model, workload, cluster.world_size)), key=lambda state: state.own_parameters
+    )
+    return work + said + reducing + _optimizer(state, cluster, settings), said + reducing
 
 
 def _update(shape: Shape, passes: Passes, parallel: ParallelConfig, cluster: Cluster, settings: Settings) -> tuple[float, float]:
@@ -186,16 +190,11 @@ def _optimizer(state: ModelState, cluster: Cluster, settings: Settings) -> float
     return seconds
 
 
-def _rollout(
-    shape: Shape,
-    workload: Workload,
-    prompts: int,
-    parallel: ParallelConfig,
-    cluster: Cluster,
-    settings: Settings,
-    at_once: int,
-) -> tuple[float, float]:
+@lru_cache(4096)
+def rollout_time(model: Placed, workload: Workload, cluster: Cluster, at_once: int) -> tuple[float, float]:
     """Seconds of sampling, and of the talk in it: every response has the given length, sequences come in waves of `at_once`."""
+    shape, parallel, settings = model.shape, model.parallel, model.settings
+    prompts = prompts_per_rank(workload, parallel, cluster.world_size)
     tp, b = parallel.tensor_model_parallel_size, settings.cost.value_bytes
     waves = ceil(prompts * workload.rollouts / at_once)
     peak = cluster.matmul_ops_s(settings) * A.matmul_share

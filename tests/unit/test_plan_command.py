@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,14 @@ from helpers.qwen3_vl_configs import official_config, tiny_config
 
 from prism_nemo import cli
 from prism_nemo.config.compose import load_config
-from prism_nemo.config.schema import ParallelConfig
+from prism_nemo.config.layers import GLOBAL_PACKAGE
+from prism_nemo.config.layout import discriminator_layout
+from prism_nemo.config.schema import AlignConfig, ParallelConfig
+from prism_nemo.errors import LayoutError
 from prism_nemo.plan.activations import Recompute
-from prism_nemo.plan.command import GivenLayout, parse_layout
+from prism_nemo.plan.command import GivenLayout, add_arguments, parse_layout, read_job
+from prism_nemo.plan.layouts import Layout, describe_layout, layout_of
+from prism_nemo.plan.search import RECOMPUTE, candidates, evaluate, search
 from prism_nemo.plan.shapes import OFFICIAL_SIZES
 
 GIB = 1 << 30
@@ -33,6 +41,12 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert cli.main(["plan", *arguments]) == 2
     return capsys.readouterr().err
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = cli.Parser("plan")
+    add_arguments(parser)
+    return parser.parse_args(given)
 
 
 def run_alone(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
@@ -65,8 +79,6 @@ def test_help_mistakes_and_a_whole_search_import_nothing_heavy(arguments: list[s
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--help"]) == 0
     text = capsys.readouterr().out
-    from prism_nemo.plan.command import add_arguments
-
     parser = cli.Parser("plan")
     add_arguments(parser)
     for action in parser._actions:
@@ -134,6 +146,77 @@ def test_a_given_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert (layout["layout"], layout["data_parallel_size"]) == ("tp=2 ep=4 sp", 4)
 
 
+BOTH = ["--layout", "tp=4,ep=8,sp", "--discriminator-layout", "tp=2,sp,recompute=mlp"]
+
+
+def test_a_layout_of_each_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine.yaml"
+    asked = ["--model", "30B-A3B", "--stage", "align", "--gpu", "b200", "--out", str(out)]
+    [layout] = plan(capsys, *asked, *BOTH)["plans"]
+    own = layout["discriminator"]
+    assert layout["layout"] == "tp=4 ep=8 sp; discriminator tp=2 sp recompute=mlp"
+    assert (layout["data_parallel_size"], own["data_parallel_size"], layout["recompute"], own["recompute"]) == (
+        2,
+        4,
+        "none",
+        "mlp",
+    )
+
+    # as an option of `parallel`, which it is to be copied to: both sections of align, no keys of the others
+    assert out.read_text().startswith(GLOBAL_PACKAGE)
+    loaded = load_config(
+        "align", ["model.path=m", "discriminator.path=d", "data.train=t.jsonl", "experiment.dir=d"], config_file=out
+    )
+    assert isinstance(loaded, AlignConfig)
+    assert asdict(loaded.parallel) == layout["parallel"]
+    assert asdict(discriminator_layout(loaded)) == {**own["parallel"], "as_policy": False}
+
+
+def test_a_discriminators_layout_is_searched_where_it_is_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy of 128 experts beside a discriminator of 4: far quicker with experts over more ranks than 4."""
+    asked = ["--model", "30B-A3B", "--stage", "align", "--nodes", "2", "--top", "1000"]
+    plans = plan(capsys, *asked)["plans"]
+    apart = [found for found in plans if found["discriminator"]]
+    shared = [found for found in plans if not found["discriminator"]]
+    assert apart[0]["parallel"]["expert_model_parallel_size"] == 16
+    assert all(found["parallel"]["expert_model_parallel_size"] <= 4 for found in shared)
+    if shared:
+        assert apart[0]["seconds"]["total"] < shared[0]["seconds"]["total"]
+    fixed = plan(capsys, *asked, "--discriminator-layout", "tp=4,sp,recompute=full")["plans"]
+    assert {found["discriminator"]["layout"] for found in fixed} == {"tp=4 sp recompute=full"}
+    assert fixed[0]["seconds"]["total"] >= plans[0]["seconds"]["total"]
+
+
+def test_the_search_leaves_no_better_layout_of_the_discriminator_out() -> None:
+    """Against all of them beside every layout of the policy: what is not looked at is slower, or does not fit."""
+    job = read_job(arguments("--model", "4B", "--stage", "align", "--gpus-per-node", "4", "--gpu", "a100"))
+    found = {describe_layout(Layout(plan.parallel, plan.settings)): plan for plan in search(job)}
+    for layout in candidates(job):
+        every = []
+        for tp, ep, again in itertools.product((1, 2, 4), (1, 2, 4), RECOMPUTE):
+            own = layout_of(job.settings, tp=tp, ep=ep, replicas=4 // tp, recompute=again)
+            with suppress(LayoutError):
+                every.append(evaluate(job, layout, own))
+        with suppress(LayoutError):
+            every.append(evaluate(job, layout))
+        fitting = [plan.time.total for plan in every if plan.fits]
+        kept = found.get(describe_layout(layout))
+        assert (kept is not None) == bool(every)
+        assert (kept is not None and kept.fits) == bool(fitting)
+        if fitting and kept:
+            assert kept.time.total == min(fitting)
+
+
+def test_offloading_names_both_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", "2B", "--stage", "align", "--gpu", "b200", "--global-batch", "8", "--layout"]
+    assert cli.main([*asked, "offload"]) == 0
+    text = capsys.readouterr().out
+    assert "with optimizer.cpu_offload=true" in text and "with discriminator_optimizer.cpu_offload=true" in text
+    assert cli.main([*asked, "tp=1", "--discriminator-layout", "tp=2,offload"]) == 0
+    text = capsys.readouterr().out
+    assert "with optimizer.cpu_offload" not in text and "with discriminator_optimizer.cpu_offload=true" in text
+
+
 def test_a_given_layout_that_does_not_fit_is_shown_and_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "8B", "--stage", "sft", "--layout", "tp=1"]) == 2
     captured = capsys.readouterr()
@@ -173,6 +256,11 @@ def test_a_warmed_up_discriminators_checkpoint(tmp_path: Path, capsys: pytest.Ca
 NEITHER = "`8` is neither a directory nor an official size\n  where: --model\n  remedy: did you mean 8B?"
 NO_FIGURES = "there are no figures for a GPU called `h20`\n  where: --gpu\n  remedy: did you mean h200?"
 NO_HEADS = "32 attention heads do not divide by a tensor-parallel size of 3"
+OWN_EXPERTS = (
+    "4 experts do not divide by an expert-parallel size of 8\n  where: discriminator_parallel.expert_model_parallel_size"
+)
+TOO_MANY = "8 ranks cannot hold models of 16 ranks (tensor 16 x pipeline 1 x context 1)\n  where: discriminator_parallel.tensor"
+NO_EXPERTS = "the model has no experts to distribute\n  where: parallel.expert_model_parallel_size, 8B"
 NO_LAYOUT = "no layout of 1 model(s) divides over 7 GPUs with a global batch of 3"
 
 
@@ -190,6 +278,15 @@ NO_LAYOUT = "no layout of 1 model(s) divides over 7 GPUs with a global batch of 
         (["--model", "8B", "--stage", "sft", "--nodes", "0"], "argument --nodes: 0 is not a positive number"),
         (["--model", "8B", "--stage", "sft", "--row-tokens", "4096"], "a row of 4096 tokens does not hold a prompt of 2048"),
         (["--model", "8B", "--stage", "sft", "--image-tokens", "3000"], "a prompt of 2048 tokens cannot have 3000 visual ones"),
+        (["--model", "8B", "--stage", "sft", "--layout", "ep=2"], NO_EXPERTS),
+        (["--model", "8B", "--stage", "align", "--layout", "ep=2", "--discriminator-layout", "tp=1"], NO_EXPERTS),
+        (["--model", "8B", "--stage", "align", "--discriminator-layout", "ep=8"], OWN_EXPERTS),
+        (["--model", "8B", "--stage", "align", "--layout", "tp=2", "--discriminator-layout", "tp=16"], TOO_MANY),
+        (
+            ["--model", "8B", "--stage", "align", "--discriminator-layout", "x"],
+            "not part of a layout\n  where: --discriminator-lay",
+        ),
+        (["--model", "8B", "--stage", "rlvr", "--discriminator-layout", "tp=2"], "rlvr does not train two models"),
         (["--model", "8B", "--stage", "sft", "--discriminator", "2B"], "sft has no discriminator"),
         (["--model", "30B-A3B", "--stage", "warmup"], "only a dense model can be upcycled, 30B-A3B has experts already"),
         (["--model", "8B", "--stage", "sft", "--gpus-per-node", "7", "--global-batch", "3"], NO_LAYOUT),

@@ -12,8 +12,10 @@ from prism_nemo.errors import LayoutError
 from prism_nemo.packing.groups import Group, Segment, text_prompt
 from prism_nemo.packing.rows import pack_rows
 from prism_nemo.plan.activations import Cost, Recompute, Row, Saved, saved_bytes
+from prism_nemo.plan.decoding import Decoding
 from prism_nemo.plan.hardware import ASSUMPTIONS, GIB, read_gpu
-from prism_nemo.plan.memory import Decoding, Overhead, Settings, decoding, model_state, stage_memory, training_pass
+from prism_nemo.plan.memory import Overhead, model_state, stage_memory, training_pass
+from prism_nemo.plan.placed import Placed, Settings
 from prism_nemo.plan.shapes import Shape, read_shape
 from prism_nemo.plan.timing import Cluster, step_time
 from prism_nemo.plan.workload import Workload, discriminator_passes, policy_passes, prompts_per_rank
@@ -111,21 +113,12 @@ def test_a_pipelines_first_stage_keeps_most_rows() -> None:
     assert kept(0, 8) == kept(0, 4)
 
 
-def test_key_value_cache_of_sequences_decoded_together() -> None:
-    """8 key heads of 128 in 28 layers, keys and values in bf16: 112 KiB a token. Buffers double from 32: 64 for 50."""
-    work = replace(WORK, stage="rlvr", rollouts=4)
-    found = decoding(shape(), work, 8, ParallelConfig(), Cost())
-    assert found.kv_cache == 112 * 1024 * (2 * 100 + 8 * 64)
-    halved = decoding(shape(), work, 8, ParallelConfig(tensor_model_parallel_size=2), Cost())
-    assert halved.kv_cache == found.kv_cache / 2
-
-
 def test_as_many_sequences_are_decoded_together_as_fit() -> None:
     work = Workload("rlvr", 2048, 8192, 1024, rollouts=16, global_batch=32, row_tokens=10240, max_batch_size=256)
 
     def planned(capacity: float | None) -> Decoding:
-        layout = ParallelConfig(use_distributed_optimizer=True)
-        memory = stage_memory(shape(), None, work, layout, 8, Settings(), NO_OVERHEAD, capacity=capacity)
+        policy = Placed(shape(), ParallelConfig(use_distributed_optimizer=True))
+        memory = stage_memory(policy, None, work, 8, NO_OVERHEAD, capacity=capacity)
         assert memory.decoding is not None
         return memory.decoding
 
@@ -139,9 +132,55 @@ def test_as_many_sequences_are_decoded_together_as_fit() -> None:
 def test_the_fullest_rank_counts() -> None:
     """Stage 0 has the tower and most rows, the last one the logits."""
     work = Workload("sft", 2048, 2048, 1024, rollouts=1, global_batch=64, row_tokens=4096, max_batch_size=1)
-    layout = ParallelConfig(pipeline_model_parallel_size=4)
-    memory = stage_memory(read_shape("8B"), None, work, layout, 4, Settings(), NO_OVERHEAD)
+    policy = Placed(read_shape("8B"), ParallelConfig(pipeline_model_parallel_size=4))
+    memory = stage_memory(policy, None, work, 4, NO_OVERHEAD)
     assert memory.stage == 0 and memory.policy_pass.vision > 0 and memory.policy_pass.logits == 0
+
+
+GAME = Workload("align", 2048, 2048, 1024, rollouts=4, global_batch=8, row_tokens=8192, max_batch_size=8)
+
+
+def placed(size: str, *, discriminator: bool = False, **sizes: int) -> Placed:
+    model = read_shape(size)
+    return Placed(model.as_discriminator(4) if discriminator else model, ParallelConfig(**sizes))
+
+
+def test_two_models_cut_differently_add_up_on_every_rank() -> None:
+    """The policy over 8 tensor-parallel ranks, a discriminator of one rank, and each of them alone in the stage of its own."""
+    policy = placed("8B", tensor_model_parallel_size=8)
+    discriminator = placed("2B", discriminator=True, expert_model_parallel_size=4)
+    both = stage_memory(policy, discriminator, GAME, 8, NO_OVERHEAD)
+    of_policy = stage_memory(policy, None, GAME, 8, NO_OVERHEAD)
+    of_discriminator = stage_memory(None, discriminator, GAME, 8, NO_OVERHEAD)
+    assert both.state == of_policy.state + of_discriminator.state
+    phases = {**of_policy.phases, **of_discriminator.phases}
+    optimizer = max(memory.phases["optimizer step"] for memory in (of_policy, of_discriminator))
+    assert both.phases == {**phases, "optimizer step": optimizer}
+    assert both.decoding == of_policy.decoding
+
+
+def test_ranks_are_in_other_stages_of_the_other_model() -> None:
+    """Four stages beside two: ranks 0 and 1 of four share the discriminator's first, with its tower. The worst one counts."""
+    policy = placed("8B", pipeline_model_parallel_size=4)
+    discriminator = placed("2B", discriminator=True, pipeline_model_parallel_size=2)
+    memory = stage_memory(policy, discriminator, GAME, 4, NO_OVERHEAD)
+    totals = {}
+    for rank in range(4):
+        states = [
+            model_state(model.shape, model.parallel, 4, model.settings, stage)
+            for model, stage in ((policy, rank), (discriminator, rank // 2))
+        ]
+        totals[rank] = sum(state.total for state in states)
+    assert (memory.stage, memory.state) == (0, totals[0])
+    only = stage_memory(discriminator, policy, GAME, 4, NO_OVERHEAD)  # the other way round the same ranks meet
+    assert only.state == totals[0] and only.stage == 0
+
+
+def test_comparisons_are_dealt_out_over_a_discriminators_own_copies() -> None:
+    """8 prompts: one for each of 8 copies, 4 for each of 2; and one for half of 16."""
+    for sizes, world, prompts in (({}, 8, 1), ({"tensor_model_parallel_size": 4}, 8, 4), ({}, 16, 1)):
+        packed = placed("2B", discriminator=True, **sizes).passes(GAME, world)
+        assert packed == discriminator_passes(GAME, prompts)
 
 
 # Time
@@ -149,8 +188,9 @@ def test_the_fullest_rank_counts() -> None:
 
 def seconds(size: str, work: Workload, layout: ParallelConfig, settings: Settings, nodes: int = 1) -> dict[str, float]:
     cluster = Cluster(read_gpu("h100"), nodes, 8)
-    memory = stage_memory(read_shape(size), None, work, layout, cluster.world_size, settings, NO_OVERHEAD)
-    return step_time(read_shape(size), None, work, layout, cluster, settings, memory).phases
+    policy = Placed(read_shape(size), layout, settings)
+    memory = stage_memory(policy, None, work, cluster.world_size, NO_OVERHEAD)
+    return step_time(policy, None, work, cluster, memory).phases
 
 
 def test_a_dense_step_takes_six_operations_a_parameter_and_token_at_least() -> None:
@@ -184,3 +224,16 @@ def test_gradients_travel_over_the_network_between_machines() -> None:
     one, two = (seconds("8B", replace(work, global_batch=8 * n), layout, Settings(), n)["policy"] for n in (1, 2))
     network = 6 * 8.77e9 * 15 / 16 / (50e9 * ASSUMPTIONS.network_share)
     assert one < network < two
+
+
+def test_a_discriminators_own_layout_takes_its_own_time() -> None:
+    """Rollouts and the policy's update are as without it; its own is as where it is cut so and alone."""
+    cluster = Cluster(read_gpu("h200"), 1, 8)
+    policy = placed("8B", tensor_model_parallel_size=4)
+    discriminator = placed("2B", discriminator=True)
+    found = {}
+    for name, models in (("both", (policy, discriminator)), ("policy", (policy, None)), ("discriminator", (None, discriminator))):
+        found[name] = step_time(*models, GAME, cluster, stage_memory(*models, GAME, 8, NO_OVERHEAD))
+    assert found["both"].phases == {**found["policy"].phases, **found["discriminator"].phases}
+    assert found["both"].communication == pytest.approx(found["policy"].communication + found["discriminator"].communication)
+    assert found["both"].tokens == found["policy"].tokens

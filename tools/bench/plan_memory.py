@@ -125,7 +125,8 @@ def predict(case: Case) -> dict[str, float]:
     """Bytes: between steps, while training, while the optimizer steps."""
     from prism_nemo.config.schema import ParallelConfig
     from prism_nemo.plan.activations import Attention, Cost, Recompute, Row
-    from prism_nemo.plan.memory import Settings, model_state, training_pass
+    from prism_nemo.plan.memory import model_state, training_pass
+    from prism_nemo.plan.placed import Settings
     from prism_nemo.plan.shapes import shape_of
 
     shape = replace(shape_of(hf_config(case), "measured"), is_discriminator=case.discriminator)
@@ -210,7 +211,7 @@ def build_model(case: Case, directory: Path, runtime: Any) -> Any:
     from prism_nemo.models.discriminator import DiscriminatorModel
     from prism_nemo.models.policy import PolicyModel
     from prism_nemo.plan.activations import Recompute
-    from prism_nemo.plan.search import with_recompute
+    from prism_nemo.plan.layouts import with_recompute
 
     layout = with_recompute(ParallelConfig(), Recompute(case.recompute))
     precision = Precision[case.precision]
