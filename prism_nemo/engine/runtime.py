@@ -146,6 +146,11 @@ class Runtime:
             dist.barrier()
 
 
+def on_wire(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensor where the group's backend can send it from: NCCL sends from a GPU, and models are built on the CPU."""
+    return tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
+
+
 def resolve_device(device: Device) -> torch.device:
     """`auto` is CUDA where there is one. Raises ConfigError when CUDA is asked for and absent."""
     if device == Device.cuda and not torch.cuda.is_available():

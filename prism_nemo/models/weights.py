@@ -21,6 +21,7 @@ from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import canonical_name, mappings
 from prism_nemo.engine.checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.chunks import Chunks, chunks_of
+from prism_nemo.engine.runtime import on_wire
 from prism_nemo.errors import CheckpointError
 
 _EXPERT = re.compile(r"(\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
@@ -169,9 +170,11 @@ def _joined(local: Tensor, sharding: Sharding, group: dist.ProcessGroup) -> Tens
     """The full tensor from every rank's shard."""
     if group.size() == 1:
         return local
+    here = local.device
+    local = on_wire(local, group).contiguous()
     shards = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(shards, local.contiguous(), group=group)
-    return sharding.unshard(shards)
+    dist.all_gather(shards, local, group=group)
+    return sharding.unshard(shards).to(here)
 
 
 def _group(name: str) -> dist.ProcessGroup:
