@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import ceil
 
 from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.plan.parameters import expert_tensor_size
@@ -48,11 +49,16 @@ class Row:
     tokens: int
     visual_tokens: int
     labels: int  # tokens whose log-probability is asked for
+    images: int = 1  # that the visual tokens are of, all alike; context-parallel ranks share them, whole ones
     attended_tokens: int = 0  # keys over which the CPU's batches of segments run, prefixes repeated; 0: as many as tokens
 
     @property
     def keys(self) -> int:
         return self.attended_tokens or self.tokens
+
+    def vision_share(self, parallel: ParallelConfig) -> float:
+        """Of the row's images, what the context-parallel rank with most of them sees."""
+        return ceil(self.images / parallel.context_parallel_size) / max(1, self.images)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def _vision(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> tup
     if not cost.vision_is_trained or not row.visual_tokens:
         return 0.0, 0.0
     vision, b, tp = shape.vision, cost.value_bytes, parallel.tensor_model_parallel_size
-    patches = row.visual_tokens * vision.patches_per_token
+    patches = row.visual_tokens * vision.patches_per_token * row.vision_share(parallel)
     hidden, own = b * vision.hidden_size, b * vision.hidden_size / tp
     layer = _Layer(
         input=patches * hidden,
@@ -199,7 +205,8 @@ def _vision(shape: Shape, row: Row, parallel: ParallelConfig, cost: Cost) -> tup
         mlp=patches * (2 * hidden + 2 * b * vision.ffn_hidden_size / tp + 2 * FP32),
     )
     mergers = (1 + vision.num_deepstack) * (hidden + 2 * own) + hidden
-    patch = 0 if cost.is_fp32 else b * vision.patch_width  # fp32 pixels are the row's own
+    # fp32 pixels are the row's own, or a copy of some of them
+    patch = 0 if cost.is_fp32 and parallel.context_parallel_size == 1 else b * vision.patch_width
     position = 4 * (8 + FP32)  # four table entries and weights a patch
     rotary = 2 * FP32 * vision.hidden_size / vision.num_heads
     around = patches * (mergers + patch + position + rotary)

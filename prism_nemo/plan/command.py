@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from prism_nemo.config.compose import compose
 from prism_nemo.config.schema import ParallelConfig
-from prism_nemo.errors import ConfigError
+from prism_nemo.errors import ConfigError, LayoutError
 from prism_nemo.plan import report
 from prism_nemo.plan.activations import Cost, Recompute
 from prism_nemo.plan.hardware import ASSUMPTIONS, GPUS, read_gpu
-from prism_nemo.plan.layouts import Layout, with_recompute
+from prism_nemo.plan.layouts import Layout, is_possible, with_recompute
 from prism_nemo.plan.placed import Settings
 from prism_nemo.plan.search import Job, Plan, best, does_not_fit, evaluate
 from prism_nemo.plan.shapes import OFFICIAL_SIZES, Shape, read_shape
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     if options.layout is None:
         plans = best(job, own)
     else:
-        plans = [evaluate(job, layout_of_given(job, parse_layout(options.layout)), own)]
+        plans = [_evaluate_given(job, layout_of_given(job, parse_layout(options.layout)), own)]
     if options.json:
         sys.stdout.write(json.dumps(report.as_json(job, plans[: options.top]), indent=2) + "\n")
     else:
@@ -123,6 +123,17 @@ def run(options: argparse.Namespace) -> None:
         write_layout(options.out, job, plans[0])
     if not plans[0].fits:  # told in full above; a script must notice too
         raise does_not_fit(job, plans[0])
+
+
+def _evaluate_given(job: Job, layout: Layout, own: Layout | None) -> Plan:
+    """Raises LayoutError when it is impossible; where the policy alone could be cut so, naming that as the way out."""
+    try:
+        return evaluate(job, layout, own)
+    except LayoutError as error:
+        if own is None and job.policy and job.discriminator and is_possible([job.policy], layout, job.cluster.world_size):
+            remedy = f"{error.remedy}; or cut the discriminator differently: --discriminator-layout"
+            raise LayoutError(error.what, where=error.where, remedy=remedy) from error
+        raise
 
 
 def read_job(options: argparse.Namespace) -> Job:

@@ -45,6 +45,14 @@ def check(shapes: Sequence[Shape], layout: Layout, world_size: int) -> None:
         raise LayoutError("only a bf16 model's optimizer can be offloaded", where="--layout: offload", remedy="--precision bf16")
 
 
+def is_possible(shapes: Sequence[Shape], layout: Layout, world_size: int) -> bool:
+    try:
+        check(shapes, layout, world_size)
+    except LayoutError:
+        return False
+    return True
+
+
 @contextmanager
 def about_the_discriminator() -> Iterator[None]:
     """Layout errors name its section of the configuration."""

@@ -51,7 +51,10 @@ def _job_lines(job: Job) -> list[str]:
 def _plan_lines(job: Job, plan: Plan) -> list[str]:
     memory, time = plan.memory, plan.time
     verdict = f"fits, {plan.spare / GIB:.1f} GiB to spare" if plan.fits else f"DOES NOT FIT: {-plan.spare / GIB:.1f} GiB too much"
-    lines = [f"layout: {describe(plan)}, {data_parallel(plan, job.cluster)} data-parallel: {verdict}", ""]
+    copies = f"{data_parallel(plan, job.cluster)} data-parallel"
+    if plan.own is not None:
+        copies += f" ({data_parallel_size(plan.own.parallel, job.cluster.world_size)} the discriminator)"
+    lines = [f"layout: {describe(plan)}, {copies}: {verdict}", ""]
     stage = f" (pipeline stage {memory.stage})" if plan.parallel.pipeline_model_parallel_size > 1 else ""
     lines.append(f"memory of the fullest GPU{stage}, GiB")
     lines += [f"  {name:<42} {value / GIB:>8.2f}" for name, value in _state_rows(memory)]

@@ -135,7 +135,7 @@ def _update(shape: Shape, passes: Passes, parallel: ParallelConfig, cluster: Clu
     seconds += passes.num_rows * local_layers * saved.per_layer * A.elementwise_passes / cluster.memory_bytes_s
     kernels = of_rest * A.layer_kernels + of_mlp * _local_experts(shape, parallel) * A.expert_kernels
     seconds = max(seconds, passes.num_rows * local_layers * kernels * A.launch_us * MICRO)
-    seconds += _vision(shape, passes, settings) / peak / tp / A.vision_share
+    seconds += _vision(shape, passes, settings) * passes.row.vision_share(parallel) / peak / tp / A.vision_share
     idle = (pp - 1) / (passes.num_rows * (parallel.virtual_pipeline_model_parallel_size or 1))
     rounds = (of_rest + of_mlp) / 2 - 1  # half of a layer's talk is its MLP's
     said = passes.num_rows * _talk(shape, passes.row.tokens, parallel, cluster, settings, rounds=rounds)

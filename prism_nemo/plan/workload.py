@@ -93,5 +93,5 @@ def _pack(workload: Workload, prompts: int, *, always: int) -> Passes:
     groups = tokens / size
     keys = tokens if segments == 1 else round(groups * (prefix + segments * (prefix + length)))
     labels = 0 if always else round(groups * segments * length)
-    row = Row(tokens, min(tokens, math.ceil(groups * workload.image_tokens)), labels, keys)
+    row = Row(tokens, min(tokens, math.ceil(groups * workload.image_tokens)), labels, math.ceil(groups), keys)
     return Passes(row, rows, pieces, prefix, length, segments, workload.image_tokens)

@@ -259,6 +259,7 @@ NO_HEADS = "32 attention heads do not divide by a tensor-parallel size of 3"
 OWN_EXPERTS = (
     "4 experts do not divide by an expert-parallel size of 8\n  where: discriminator_parallel.expert_model_parallel_size"
 )
+SHARED_EXPERTS = "use a divisor of 4, such as 4; or cut the discriminator differently: --discriminator-layout"
 TOO_MANY = "8 ranks cannot hold models of 16 ranks (tensor 16 x pipeline 1 x context 1)\n  where: discriminator_parallel.tensor"
 NO_EXPERTS = "the model has no experts to distribute\n  where: parallel.expert_model_parallel_size, 8B"
 NO_LAYOUT = "no layout of 1 model(s) divides over 7 GPUs with a global batch of 3"

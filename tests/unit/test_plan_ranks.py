@@ -24,6 +24,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "tp2, ep2": ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, True, False, False),
     "tp2, discriminator": ({"tensor_model_parallel_size": 2}, True, True, True),
     "dp2": ({}, False, True, False),
+    "cp2": ({"context_parallel_size": 2}, False, False, False),
+    "cp2, experts": ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, True, False, False),
+    "cp2, discriminator": ({"context_parallel_size": 2}, True, True, True),
 }
 COUNTED: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "pp2": ({"pipeline_model_parallel_size": 2}, False, False, False),
@@ -36,7 +39,6 @@ COUNTED: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
         False,
     ),
     "pp2, last stage smaller": ({"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1}, True, True, False),
-    "cp2, experts": ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, True, False, False),
     "pp2, discriminator": ({"pipeline_model_parallel_size": 2}, True, True, True),
 }
 
@@ -93,7 +95,7 @@ def kept_by(module: Any, discriminator: bool) -> float:
     from prism_nemo.models.policy import OutputDistribution
     from prism_nemo.packing.rows import make_row
 
-    row = make_row([make_group([(16, 16)], [96], seed=1)], pad_multiple=2)
+    row = make_row([group()], pad_multiple=4)
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     storages: dict[int, int] = {}
     alive = []
@@ -113,10 +115,14 @@ def kept_by(module: Any, discriminator: bool) -> float:
     return float(sum(storages.values()))
 
 
+def group() -> Any:
+    """Two images, for context-parallel ranks to share."""
+    return make_group([(16, 16), (16, 16)], [96], seed=1)
+
+
 def row_of(discriminator: bool) -> Row:
-    group = make_group([(16, 16)], [96], seed=1)
-    tokens = group.num_tokens + group.num_tokens % 2
-    return Row(tokens, visual_tokens=64, labels=0 if discriminator else 96)
+    tokens = group().num_tokens
+    return Row(tokens + -tokens % 4, visual_tokens=128, labels=0 if discriminator else 96, images=2)
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,15 @@ def test_what_recompute_keeps() -> None:
     assert (none.head, none.entry) == (full.head, full.entry)
 
 
+def test_context_parallel_ranks_share_whole_images() -> None:
+    """Of three images one of two ranks sees two; one image is seen by one rank."""
+    layout = ParallelConfig(context_parallel_size=2)
+    whole = saved_bytes(shape(), Row(4096, 1536, 0, images=3), ParallelConfig(), Cost()).vision
+    assert saved_bytes(shape(), Row(4096, 1536, 0, images=3), layout, Cost()).vision == pytest.approx(whole * 2 / 3)
+    assert saved_bytes(shape(), Row(4096, 1536, 0, images=1), layout, Cost()).vision == whole
+    assert policy_passes(replace(WORK, row_tokens=500), 8).row.images == 4  # rows of 500 hold three prompts of 150 and a part
+
+
 def test_a_pipelines_first_stage_keeps_most_rows() -> None:
     row, layout = Row(4096, 0, 4096), ParallelConfig(pipeline_model_parallel_size=4)
     per_layer = saved_bytes(shape(), row, layout, Cost()).per_layer

@@ -144,7 +144,9 @@ def predict(case: Case) -> dict[str, float]:
         )
     )
     state = model_state(shape, ParallelConfig(), 1, settings)
-    passes = training_pass(shape, Row(tokens, visual, labels, keys), case.rows, ParallelConfig(), settings)
+    passes = training_pass(
+        shape, Row(tokens, visual, labels, max(1, case.groups * case.images), keys), case.rows, ParallelConfig(), settings
+    )
     return {"state": state.total, "training": state.total + passes.total}
 
 
