@@ -17,9 +17,11 @@ from prism_nemo.convert.commands import export_hf, import_hf
 TRIALS = 10
 SHARD_BYTES = 100_000
 
-# Imports once and forks: a trial then costs no start of Python. The child's writing is slowed, so that it is cut in the middle.
+# Imports once and forks: a trial then costs no start of Python. The child dies at one of its steps (a part is written, a file
+# is had on disk, …), drawn at random, and a random while after it began; its other threads are then anywhere. Counted rather
+# than timed, the moments are spread over the whole conversion on a busy machine too.
 SCRIPT = """
-import json, os, random, shutil, signal, sys, time
+import itertools, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from prism_nemo.convert import commands, manifest, shards
 from prism_nemo.errors import CheckpointError
@@ -33,19 +35,27 @@ convert = commands.import_hf if direction == "import" else commands.export_hf
 def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
-def slowed(function, seconds):
-    def slow(*arguments):
-        time.sleep(seconds)
-        return function(*arguments)
-    return slow
+steps, dies_at, dies_after = itertools.count(), None, 0.0
 
-def child(at_rename):
+def counted_step(function):
+    def step(*arguments):
+        if next(steps) == dies_at:
+            time.sleep(dies_after)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return step
+
+shards.write_slot = counted_step(shards.write_slot)
+shards.sync = counted_step(shards.sync)
+shards.write_atomically = counted_step(shards.write_atomically)
+manifest.seal = counted_step(manifest.seal)
+
+def child(at_rename, at_step=None, after=0.0):
+    global steps, dies_at, dies_after
     pid = os.fork()
     if pid:
         return pid
-    shards.write_slot = slowed(shards.write_slot, 0.002)
-    shards.sync = slowed(shards.sync, 0.002)
-    manifest.seal = slowed(manifest.seal, 0.05)
+    steps, dies_at, dies_after = itertools.count(), at_step, after
     if at_rename:
         def rename(self, target):
             if at_rename == "after":
@@ -56,12 +66,8 @@ def child(at_rename):
     os._exit(0)
 
 convert(source, reference, max_shard_bytes=shard_bytes)
-expected = contents(reference)
-began = time.monotonic()
-os.waitpid(child(None), 0)
-duration = time.monotonic() - began
-assert contents(out) == expected
-shutil.rmtree(out)
+expected, total = contents(reference), next(steps)
+assert total > 100
 kept = []
 write = shards.Staging.write
 def counted(self, files, io):
@@ -71,11 +77,12 @@ shards.Staging.write = counted
 generator = random.Random(0)
 results = []
 for trial in [*range(trials), "before", "after"]:
-    pid = child(trial if isinstance(trial, str) else None)
-    if not isinstance(trial, str):
-        time.sleep(generator.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    if isinstance(trial, str):
+        pid = child(trial)
+    else:
+        pid = child(None, generator.randrange(total), generator.uniform(0, 0.005))
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     state = "new" if out.exists() else "old"
     if out.exists():
         assert contents(out) == expected, "it looks complete and is not"
