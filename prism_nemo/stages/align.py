@@ -147,7 +147,7 @@ class AlignTrainer:
     def advantages(self, rollouts: RolloutBatch, scores: Scores) -> Tensor:
         """fp32 [B], from the group-normalised scores of both segments; an invalid rollout is pushed down."""
         algorithm = self.config.algorithm
-        student = scores.student.clamp(-algorithm.score_clip, algorithm.score_clip)
+        student = scores.student_scores.clamp(-algorithm.score_clip, algorithm.score_clip)
         return prism_advantages(
             student[:, 0],
             student[:, -1],  # with one score for the whole response, the same one
@@ -190,14 +190,14 @@ class AlignTrainer:
 
     def scores_are_finite(self, scores: Scores) -> bool:
         """On every rank, the teachers' too: without the discriminator's step the policy takes none either."""
-        finite = scores.student[scores.compared].isfinite().all() & scores.teacher.isfinite().all()
+        finite = scores.student_scores[scores.compared].isfinite().all() & scores.teacher_scores.isfinite().all()
         return self.runtime.max_over_all(int(not bool(finite))) == 0
 
     def sample_columns(self, scores: Scores) -> dict[str, list[Any]]:
         """The scores of every rollout by segment, for samples.jsonl; null where there is none."""
         columns = {}
         for column, kind in enumerate(scores.kinds):
-            values = scores.student[:, column].tolist()
+            values = scores.student_scores[:, column].tolist()
             columns[f"score/{kind.name.lower()}"] = [value if value == value else None for value in values]
         return columns
 

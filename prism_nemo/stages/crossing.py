@@ -21,15 +21,17 @@ from prism_nemo.stages.comparisons import Comparison, ComparisonBatch
 class Scores:
     """The discriminator's scores of this policy rank's rollouts.
 
-    student   float32 [responses, kinds]     NaN where a response is in no comparison
-    teacher   float32 [comparisons, kinds]
-    compared  bool    [responses]
+    student_scores  float32 [responses, kinds]     NaN where a response is in no comparison
+    teacher_scores  float32 [comparisons, kinds]
+    compared        bool    [responses]
+    batch           what this rank of the discriminator scored
     """
 
     kinds: tuple[SegmentKind, ...]
-    student: Tensor
-    teacher: Tensor
+    student_scores: Tensor
+    teacher_scores: Tensor
     compared: Tensor
+    batch: ComparisonBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class Crossing:
     def back(self, batch: ComparisonBatch) -> Scores:
         """The scores of this policy rank's own responses and comparisons, from `batch` of `comparisons`. A collective."""
         if self._same:
-            return Scores(batch.kinds, batch.student_scores, batch.teacher_scores, batch.compared)
+            return Scores(batch.kinds, batch.student_scores, batch.teacher_scores, batch.compared, batch)
         scored, count = [], 0
         for number, sent in enumerate(self._arrived):
             students = batch.student_scores[count : count + len(sent.samples)]
@@ -85,7 +87,7 @@ class Crossing:
                 if sent.source == self._policy.data_parallel_rank:
                     samples = torch.tensor(sent.samples, dtype=torch.int64)
                     student[samples], teacher[sent.index], compared[samples] = students, of_teacher, True
-        return Scores(batch.kinds, student, teacher, compared)
+        return Scores(batch.kinds, student, teacher, compared, batch)
 
     def _exchange(self) -> list[_Sent]:
         """Sends comparisons round robin over the discriminator's ranks; what arrives here, in an order all ranks agree on."""

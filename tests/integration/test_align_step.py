@@ -27,6 +27,7 @@ from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
 from prism_nemo.run_directory import read_json_lines
 from prism_nemo.stages.align import AlignTrainer
 from prism_nemo.stages.comparisons import ComparisonBatch
+from prism_nemo.stages.crossing import Scores
 from prism_nemo.stages.policy_batch import policy_batch
 
 KINDS = (SegmentKind.PERCEPTION, SegmentKind.REASONING)
@@ -53,7 +54,7 @@ class Step:
     rollouts: RolloutBatch
     teachers: list[tuple[Segment, ...]]
 
-    def policy_batch(self, game: ComparisonBatch, old_log_probs: Sequence[Tensor] | None = None) -> TrainingBatch:
+    def policy_batch(self, game: Scores, old_log_probs: Sequence[Tensor] | None = None) -> TrainingBatch:
         config = self.trainer.config
         return policy_batch(
             self.rollouts,
@@ -111,7 +112,7 @@ def test_one_pass_gives_the_scores_and_the_gradients_of_two(step: Step) -> None:
 
     # Score first ...
     scores = torch.full_like(game.student_scores, float("nan"))
-    for row, row_scores in zip(game.rows, discriminator.infer_rm_critic(game.rows), strict=True):
+    for row, row_scores in zip(game.batch.rows, discriminator.infer_rm_critic(game.batch.rows), strict=True):
         for kind, index, score in zip(row.segment_kind.tolist(), row.segment_sample.tolist(), row_scores.tolist(), strict=True):
             if index >= 0:
                 scores[index, KINDS.index(SegmentKind(kind))] = score
@@ -120,8 +121,8 @@ def test_one_pass_gives_the_scores_and_the_gradients_of_two(step: Step) -> None:
     # ... then forward and backward once more, for the gradient alone.
     again = replace_scores(game, scores)
     discriminator.prepare_for_training_step()
-    discriminator.start_batch(game.rows)
-    loss, _ = discriminator.get_loss_and_metrics(TrainingBatch(game.rows, partial(loss_of, game)), forward_only=False)
+    discriminator.start_batch(game.batch.rows)
+    loss, _ = discriminator.get_loss_and_metrics(TrainingBatch(game.batch.rows, partial(loss_of, game.batch)), forward_only=False)
     assert loss == pytest.approx(metrics["discriminator/loss"], rel=1e-6)
     assert_equal_gradients(step.discriminator_gradients(), one_pass, 1e-6)
 
@@ -141,7 +142,7 @@ def test_one_pass_gives_the_scores_and_the_gradients_of_two(step: Step) -> None:
     assert_equal_gradients(two_policy, one_policy, 1e-6)
 
 
-def replace_scores(game: ComparisonBatch, scores: Tensor) -> Any:
+def replace_scores(game: Scores, scores: Tensor) -> Any:
     """What `advantages` reads of a game."""
 
     @dataclass(frozen=True)
@@ -290,10 +291,10 @@ def test_a_student_that_writes_the_teachers_text_gets_the_teachers_scores(kind: 
             assert metrics[f"discriminator/{name}/ties"] == pytest.approx(len(copied) / (len(copied) + valid_others))
 
 
-def teacher_scores(trainer: AlignTrainer, game: ComparisonBatch) -> Tensor:
+def teacher_scores(trainer: AlignTrainer, game: Scores) -> Tensor:
     """[prompts, kinds]."""
-    scores = torch.full((len(game.copies), len(game.kinds)), float("nan"))
-    for row, row_scores in zip(game.rows, trainer.discriminator.infer(game.rows), strict=True):
+    scores = torch.full((len(game.batch.copies), len(game.kinds)), float("nan"))
+    for row, row_scores in zip(game.batch.rows, trainer.discriminator.infer(game.batch.rows), strict=True):
         for kind, index, value in zip(row.segment_kind.tolist(), row.segment_sample.tolist(), row_scores.tolist(), strict=True):
             if index < 0:
                 scores[-1 - index, game.kinds.index(SegmentKind(kind))] = value
@@ -387,7 +388,7 @@ def test_groups_without_spread_does_not_depend_on_the_row_budget(folder: Path) -
             texts[-1] = step.rollouts.records[0].response
             game, metrics = trainer.play(replace(step.rollouts, texts=texts), step.teachers)
             measured.append({key: value for key, value in metrics.items() if key.endswith("groups_without_spread")})
-            assert (max(game.copies) > 1) == (name == "cut")
+            assert (max(game.batch.copies) > 1) == (name == "cut")
     assert measured[0] == measured[1]
     assert set(measured[0].values()) == {0.75}
 

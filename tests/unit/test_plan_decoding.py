@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.rows import one_rank
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,10 +121,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @pytest.fixture
-def alone() -> Iterator[Any]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
+def alone() -> Any:
+    one_rank()
+    return torch.distributed.group.WORLD
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
