@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
-from prism_nemo.config.discriminator import check_warmed_up
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import (
-    EP,
-    ModelSizes,
-    check_model,
     check_parallel,
     data_parallel_size,
     discriminator_layout,
-    read_model_sizes,
 )
+from prism_nemo.config.models import about_the_discriminator, check_models
 from prism_nemo.config.ranges import check_ranges
 from prism_nemo.config.schema import (
     AlignConfig,
@@ -86,7 +80,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         return
     _check_settings(config, world_size)
     _check_data_files(config)
-    _check_models(config)
+    check_models(config)
 
 
 def _check_settings(config: StageConfig, world_size: int | None) -> None:
@@ -99,7 +93,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
     if isinstance(config, AlignConfig):
         own = discriminator_layout(config)
         if own is not config.parallel:
-            with _about_the_discriminator():
+            with about_the_discriminator():
                 check_parallel(own, world_size)
         _check_optimizer(config.discriminator_optimizer, config.trainer, "discriminator_optimizer")
         _check_offload(config.discriminator_optimizer, config.discriminator.precision, "discriminator_optimizer")
@@ -322,55 +316,6 @@ def _check_data_files(config: StageConfig) -> None:
             raise ConfigError("the data file does not exist", where=f"{key}: {name}", remedy="check the path")
     if data.image_root is not None and not Path(data.image_root).is_dir():
         raise ConfigError("the image folder does not exist", where=f"data.image_root: {data.image_root}", remedy="check the path")
-
-
-def _check_models(config: StageConfig) -> None:
-    """Reads every model's sizes and checks them against the layout."""
-    models: list[tuple[ModelSizes, ParallelConfig]] = []
-    if not isinstance(config, WarmupConfig):
-        models.append((read_model_sizes(Path(config.model.path), key="model.path"), config.parallel))
-    if isinstance(config, WarmupConfig | AlignConfig):
-        discriminator = config.discriminator
-        if discriminator.path is None:
-            made_from = "the dense model to upcycle" if isinstance(config, WarmupConfig) else "the discriminator after warm-up"
-            raise ConfigError(
-                "there is no discriminator", where="discriminator.path", remedy=f"give the directory of {made_from}"
-            )
-        sizes = read_model_sizes(Path(discriminator.path), key="discriminator.path")
-        if isinstance(config, AlignConfig):
-            check_warmed_up(discriminator)
-        if discriminator.num_experts > 1:
-            sizes = dataclasses.replace(sizes, num_experts=discriminator.num_experts, moe_ffn_hidden_size=sizes.ffn_hidden_size)
-        own = isinstance(config, AlignConfig) and not config.discriminator_parallel.as_policy
-        if own:
-            assert isinstance(config, AlignConfig)
-            with _about_the_discriminator():
-                _check_fit([(sizes, config.discriminator_parallel)])
-        else:
-            models.append((sizes, config.parallel))
-    if models:
-        _check_fit(models)
-
-
-def _check_fit(models: list[tuple[ModelSizes, ParallelConfig]]) -> None:
-    """Models that are cut by one layout: each must divide, and experts are only distributed where there are some."""
-    for sizes, parallel in models:
-        check_model(sizes, parallel)
-    sizes, parallel = models[0]
-    if parallel.expert_model_parallel_size > 1 and all(sizes.num_experts is None for sizes, _ in models):
-        raise LayoutError("the model has no experts to distribute", where=f"{EP}, {sizes.where}", remedy=f"set {EP} to 1")
-
-
-@contextmanager
-def _about_the_discriminator() -> Iterator[None]:
-    """Layout errors name the discriminator's section of the configuration."""
-    try:
-        yield
-    except LayoutError as error:
-        named = [
-            None if text is None else text.replace("parallel.", "discriminator_parallel.") for text in (error.where, error.remedy)
-        ]
-        raise LayoutError(error.what, where=named[0], remedy=named[1]) from error
 
 
 def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:

@@ -118,7 +118,7 @@ def open_dense(path: Path, stack: ExitStack) -> tuple[Source, Path, dict[str, An
     directory = resolve_model_directory(path, POLICY)
     config = load_model_config(directory)
     if (directory / METADATA).is_file():
-        manifest.check(directory)
+        manifest.check_manifest(directory)
         source: Source = CheckpointSource(TorchDistCheckpoint(directory), config)
         stack.callback(source.io.close)
     else:
@@ -143,7 +143,7 @@ def export_hf(
     with ExitStack() as stack:
         with ranks.together():
             directory = find_checkpoint(checkpoint, model)
-            manifest.check(directory)
+            manifest.check_manifest(directory)
             config = load_model_config(directory)
             stored = TorchDistCheckpoint(directory)
             score_head = _has_score_head(stored)

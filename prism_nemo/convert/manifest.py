@@ -1,7 +1,4 @@
-"""The manifest of a model's checkpoint folder: every file and its size. It tells a truncated copy from a whole one.
-
-The same file as `engine.checkpoint.seal` writes, for what does without Megatron.
-"""
+"""The manifest of a model's checkpoint folder: every file and its size. It tells a truncated copy from a whole one."""
 
 from __future__ import annotations
 
@@ -26,28 +23,26 @@ def problems(directory: Path) -> list[str]:
     """What differs from the manifest, one line each; empty when the folder is whole."""
     manifest = directory / MANIFEST
     if not manifest.is_file():
-        return ["it has no manifest"]
+        return ["incomplete: it has no manifest"]
     try:
-        files = json.loads(manifest.read_text())
-        sizes = {name: int(size) for name, size in files.items()}
+        sizes = {name: int(size) for name, size in json.loads(manifest.read_text()).items()}
     except (ValueError, AttributeError, TypeError):
-        return ["its manifest is not JSON"]
+        return ["incomplete: its manifest is not JSON"]
     found = []
     for name, size in sizes.items():
         file = directory / name
-        if not file.is_file():
-            found.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            found.append(f"{name} is {file.stat().st_size} bytes, it had {size}")
+        state = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        if state != f"{size} bytes":
+            found.append(f"truncated: {name} is {state}, it had {size} bytes")
     return found
 
 
-def check(directory: Path) -> None:
+def check_manifest(directory: Path) -> None:
     """CheckpointError when a file that was written is missing or has another size."""
     found = problems(directory)
     if found:
         raise CheckpointError(
-            f"the checkpoint is incomplete: {found[0]}",
+            f"the checkpoint is {found[0]}",
             where=str(directory),
             remedy="use an earlier checkpoint, or copy this one again",
         )

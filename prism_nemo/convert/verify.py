@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> bool:
 def verify(hf: Path, checkpoint: Path, *, model: str | None = None, outputs: bool = True) -> Verdict:
     """Compares the two. Raises CheckpointError when one of them cannot be read, or they are of different kinds of model."""
     directory = find_checkpoint(checkpoint, model)
-    manifest.check(directory)
+    manifest.check_manifest(directory)
     verdict = Verdict()
     with ExitStack() as stack:
         reader = stack.enter_context(HFReader(hf))

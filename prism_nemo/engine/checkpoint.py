@@ -34,15 +34,15 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_nemo.config.schema import Fp8Recipe
+from prism_nemo.convert.manifest import MANIFEST, check_manifest, seal
+from prism_nemo.convert.torch_dist import OPTIMIZER_UPDATES
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import LATEST, write_atomically
 
-MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-_OPTIMIZER_UPDATES = "optimizer_updates"  # in Megatron's content metadata; with 0 there is no optimizer's state
 
 
 class Checkpointed(Protocol):
@@ -81,7 +81,7 @@ def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     if optimizer is not None and updates:
         state["optimizer"] = _tensors_alone(optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata))
     _write_in_this_process()
-    dist_checkpointing.save(state, str(directory), content_metadata={_OPTIMIZER_UPDATES: updates})
+    dist_checkpointing.save(state, str(directory), content_metadata={OPTIMIZER_UPDATES: updates})
 
 
 def _sharded_state(model: Chunks, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     state = _sharded_state(model, metadata)
     try:
         content = dist_checkpointing.load_content_metadata(str(directory))
-        updates = 0 if optimizer is None else (content or {}).get(_OPTIMIZER_UPDATES, 0)
+        updates = 0 if optimizer is None else (content or {}).get(OPTIMIZER_UPDATES, 0)
         if optimizer is not None and updates:
             optimizer.prepare_for_loading(updates)
             optimizer_state = optimizer.optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
@@ -207,31 +207,6 @@ def _metadata() -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def seal(directory: Path) -> None:
-    """Writes the manifest of a model's folder; the last thing that goes in."""
-    files = {str(file.relative_to(directory)): file.stat().st_size for file in sorted(directory.rglob("*")) if file.is_file()}
-    (directory / MANIFEST).write_text(json.dumps(files, indent=1))
-
-
-def check_manifest(directory: Path) -> None:
-    """Raises CheckpointError when a file that was written is missing or has another size."""
-    manifest = directory / MANIFEST
-    remedy = "use an earlier checkpoint, or copy this one again"
-    if not manifest.is_file():
-        raise CheckpointError("the checkpoint is incomplete: it has no manifest", where=str(directory), remedy=remedy)
-    try:
-        files = json.loads(manifest.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError("the checkpoint's manifest is not JSON", where=str(manifest), remedy=remedy) from error
-    for name, size in files.items():
-        file = directory / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise CheckpointError(
-                f"the checkpoint is truncated: {name} is {found}, it had {size} bytes", where=str(directory), remedy=remedy
-            )
 
 
 def _at_hand(optimizer: ModelOptimizer | None) -> AbstractContextManager[None]:

@@ -146,6 +146,11 @@ class Runtime:
             dist.barrier()
 
 
+def cuda_capability(device: torch.device) -> tuple[tuple[int, int], str | None]:
+    """The compute capability of a CUDA device, and the CUDA version that torch was built for."""
+    return torch.cuda.get_device_capability(device), torch.version.cuda
+
+
 def on_wire(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensor where the group's backend can send it from: NCCL sends from a GPU, and models are built on the CPU."""
     return tensor.cuda() if dist.get_backend(group) == "nccl" else tensor

@@ -177,6 +177,50 @@ def test_layouts_that_contradict_themselves(place: Path, overrides: list[str], w
     assert error.where is not None and error.where.startswith(key)
 
 
+OWN = "discriminator_parallel.as_policy=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "what"),
+    [
+        (
+            ["discriminator_parallel.tensor_model_parallel_size=2"],
+            "discriminator_parallel",
+            "the discriminator is cut as the policy is, and a layout of its own is given",
+        ),
+        (
+            [OWN, "discriminator_parallel.tensor_model_parallel_size=3"],
+            "discriminator_parallel.tensor_model_parallel_size",
+            "8 ranks cannot hold models of 3 ranks",
+        ),
+        (
+            [OWN, "discriminator_parallel.tensor_model_parallel_size=8"],
+            "discriminator_parallel.tensor_model_parallel_size",
+            "4 key/value heads do not divide by a tensor-parallel size of 8",
+        ),
+        (
+            [OWN, "discriminator_parallel.expert_model_parallel_size=8"],
+            "discriminator_parallel.expert_model_parallel_size",
+            "4 experts do not divide by an expert-parallel size of 8",
+        ),
+        (
+            [OWN, "parallel.expert_model_parallel_size=2"],  # which the policy, dense, can make nothing of
+            "parallel.expert_model_parallel_size",
+            "the model has no experts to distribute",
+        ),
+    ],
+)
+def test_the_discriminators_own_layout(place: Path, overrides: list[str], key: str, what: str) -> None:
+    error = error_of("align", place, "trainer.global_batch_size=8", *overrides, world_size=8)
+    assert error.what.startswith(what)
+    assert error.where is not None and error.where.startswith(key)
+
+
+def test_layouts_beside_one_another(place: Path) -> None:
+    overrides = ("parallel.tensor_model_parallel_size=4", OWN, "discriminator_parallel.expert_model_parallel_size=4")
+    validate(load("align", place, *overrides), world_size=8)
+
+
 @pytest.mark.parametrize(
     ("key", "size", "world_size", "what"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -116,10 +116,6 @@ class Qwen3VLShape:
             vision=_vision_shape(vision),
             moe=_moe_shape(config["model_type"], text),
         )
-
-    def with_experts(self, num_experts: int, topk: int) -> Qwen3VLShape:
-        """The same model with every MLP turned into experts of its own width (sparse upcycling)."""
-        return replace(self, moe=MoEShape(num_experts, topk, self.ffn_hidden_size))
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Raises LayoutError, naming the key, when the model cannot be cut so."""

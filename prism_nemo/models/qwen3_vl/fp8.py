@@ -26,6 +26,7 @@ from prism_nemo.config.schema import (
     Precision,
     TransformerImpl,
 )
+from prism_nemo.engine.runtime import cuda_capability
 from prism_nemo.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def layer_kind(config: ModelConfig | DiscriminatorConfig, device: torch.device) 
     section = "discriminator" if isinstance(config, DiscriminatorConfig) else "model"
     check_layers(config, Device(device.type), section)
     if config.fp8_recipe is not None:
-        check_hardware(config.fp8_recipe, torch.cuda.get_device_capability(device), torch.version.cuda, section)
+        check_hardware(config.fp8_recipe, *cuda_capability(device), section)
         return LayerKind(True, config.fp8_recipe)
     if config.transformer_impl is TransformerImpl.auto:
         return LayerKind(device.type == "cuda" and config.precision is Precision.bf16 and has_transformer_engine())
