@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Routing
 from prism_nemo.convert.hf import hf_assets_directory, load_model_config
+from prism_nemo.convert.upcycling import upcycled_config
 from prism_nemo.engine.checkpoint import is_model_checkpoint
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import ConfigError
@@ -25,7 +26,7 @@ from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind, layer_kind
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
-from prism_nemo.models.upcycle import upcycle, upcycled_config
+from prism_nemo.models.upcycle import upcycle
 from prism_nemo.models.weights import canonical_parameters, load_weights
 from prism_nemo.packing.rows import PackedRow
 from prism_nemo.run_directory import resolve_model_directory

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.convert.qwen3_vl import mappings
-from prism_nemo.convert.upcycling import dense_source, drawn, expert_noise, is_expert, upcycled_config
+from prism_nemo.convert.upcycling import dense_source, drawn, expert_noise, is_expert
 from prism_nemo.engine.chunks import Chunks
 from prism_nemo.models.weights import canonical_parameters, cut_as_expert, shard_of
-
-__all__ = ["dense_source", "upcycle", "upcycled_config"]
 
 
 def upcycle(

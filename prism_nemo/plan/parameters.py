@@ -85,15 +85,6 @@ def model_parameters(shape: Shape) -> RankParameters:
     return rank_parameters(shape, ParallelConfig())
 
 
-def active_parameters(shape: Shape) -> int:
-    """Parameters that a text token is multiplied with: no embedding table, only the chosen experts."""
-    per_layer = layer_parameters(shape).on_rank(1)
-    if shape.experts is not None:
-        per_layer += shape.experts.topk * expert_parameters(shape)
-    head = 0 if shape.is_discriminator else shape.vocab_size * shape.hidden_size
-    return shape.num_layers * per_layer + head
-
-
 def _embedding(shape: Shape) -> Cut:
     return Cut(split=shape.vocab_size * shape.hidden_size)
 

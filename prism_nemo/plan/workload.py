@@ -27,14 +27,6 @@ class Workload:
     max_batch_size: int  # rollout.max_batch_size: sequences decoded together, at most
 
     @property
-    def trains_policy(self) -> bool:
-        return self.stage != "warmup"
-
-    @property
-    def trains_discriminator(self) -> bool:
-        return self.stage in ("warmup", "align")
-
-    @property
     def samples(self) -> bool:
         return self.stage in ("align", "rlvr")
 

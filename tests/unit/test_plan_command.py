@@ -245,7 +245,7 @@ def test_a_models_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_warmed_up_discriminators_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its configuration has the experts already."""
     from prism_nemo.config.schema import DiscriminatorConfig
-    from prism_nemo.models.upcycle import upcycled_config
+    from prism_nemo.convert.upcycling import upcycled_config
 
     (tmp_path / "config.json").write_text(json.dumps(upcycled_config(official_config("2B"), DiscriminatorConfig(num_experts=8))))
     found = plan(capsys, "--model", "4B", "--stage", "align", "--discriminator", str(tmp_path), "--gpu", "h200")

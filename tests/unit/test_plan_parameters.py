@@ -8,9 +8,9 @@ import pytest
 from helpers.qwen3_vl_configs import OFFICIAL, official_config, transformers_model
 
 from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig
-from prism_nemo.models.upcycle import upcycled_config
+from prism_nemo.convert.upcycling import upcycled_config
 from prism_nemo.plan import shapes
-from prism_nemo.plan.parameters import active_parameters, expert_parameters, model_parameters, rank_parameters
+from prism_nemo.plan.parameters import expert_parameters, model_parameters, rank_parameters
 from prism_nemo.plan.shapes import OFFICIAL_SIZES, read_shape, shape_of
 
 
@@ -41,14 +41,6 @@ def test_upcycled_discriminators(size: str, experts: int) -> None:
     config = upcycled_config(official_config(size), DiscriminatorConfig(num_experts=experts))
     shape = read_shape(size).as_discriminator(experts)
     assert model_parameters(shape).total == meta_parameters(config) + shape.hidden_size
-
-
-def test_active_parameters_of_a_token() -> None:
-    """The names of the sizes: 3B of 30B and 22B of 235B are used by a token, embedding included."""
-    for size, billions in (("30B-A3B", 3.35), ("235B-A22B", 22.19)):
-        shape = read_shape(size)
-        with_embedding = active_parameters(shape) + shape.vocab_size * shape.hidden_size
-        assert with_embedding / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("size", OFFICIAL_SIZES)

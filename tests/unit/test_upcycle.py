@@ -14,9 +14,9 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Precision, Routing
 from prism_nemo.convert.random_init import named_normal
+from prism_nemo.convert.upcycling import dense_source, upcycled_config
 from prism_nemo.errors import ConfigError
 from prism_nemo.models.discriminator import DiscriminatorModel
-from prism_nemo.models.upcycle import dense_source, upcycled_config
 from prism_nemo.models.weights import canonical_parameters
 from prism_nemo.packing.groups import SegmentKind
 from prism_nemo.packing.rows import make_row
