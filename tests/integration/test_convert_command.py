@@ -136,7 +136,8 @@ def test_inspect_what_is_not_whole(imported: Path, tmp_path: Path, capsys: pytes
     (shard,) = broken.glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-1])
     assert status_of(["inspect", str(broken)]) == 1
-    assert f"NOT WHOLE: {shard.name} is " in capsys.readouterr().out
+    size = shard.stat().st_size
+    assert f"NOT WHOLE: truncated: {shard.name} is {size} bytes, it had {size + 1} bytes" in capsys.readouterr().out
     (broken / "manifest.json").unlink()
     (broken / ".metadata").unlink()
     assert status_of(["inspect", str(broken)]) == 1
