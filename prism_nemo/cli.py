@@ -159,7 +159,8 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
         return lambda: _print(_stage_help(name))
 
     from prism_nemo.config.compose import compose, load_config
-    from prism_nemo.config.schema import Device, PipelineConfig
+    from prism_nemo.config.enums import Device
+    from prism_nemo.config.schema import PipelineConfig
     from prism_nemo.config.validate import validate
 
     if options.cfg:

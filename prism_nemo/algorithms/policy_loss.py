@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prism_nemo.algorithms.kl import kl_k3
 from prism_nemo.algorithms.metrics import MetricSums, mean_of
-from prism_nemo.config.schema import Aggregation, PolicyLossConfig, RatioKind
+from prism_nemo.config.enums import Aggregation, RatioKind
+from prism_nemo.config.schema import PolicyLossConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from prism_nemo.config.schema import Device, DiscriminatorConfig, ModelConfig, Precision, TransformerImpl
+from prism_nemo.config.enums import Device, Precision, TransformerImpl
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig
 from prism_nemo.errors import ConfigError
 
 INSTALL = (

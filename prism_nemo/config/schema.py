@@ -8,85 +8,25 @@ imported. Names follow Megatron and NeMo where they have one. Units stand in nam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-
-class Precision(StrEnum):
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class TransformerImpl(StrEnum):
-    auto = "auto"  # Transformer Engine for a bf16 model on a CUDA device where it is installed, otherwise local
-    local = "local"  # Megatron's own layers: no package needed, any device
-    transformer_engine = "transformer_engine"
-
-
-class Fp8Recipe(StrEnum):
-    delayed = "delayed"  # one scale a tensor, from the values of earlier steps
-    tensorwise = "tensorwise"  # one scale a tensor, from its own values
-    blockwise = "blockwise"  # one scale for 1 x 128 values, 128 x 128 of a weight
-    mxfp8 = "mxfp8"  # one scale for 32 values; Blackwell
-
-
-class Device(StrEnum):
-    auto = "auto"  # CUDA where there is one, otherwise the CPU
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Routing(StrEnum):
-    learned = "learned"  # a token may reach any expert
-    dedicated = "dedicated"  # a segment's tokens reach only the expert pool of their kind
-
-
-class DiscriminatorView(StrEnum):
-    segments = "segments"  # perception and reasoning are scored apart (PRISM)
-    whole = "whole"  # one score for the whole response (GAD)
-
-
-class RatioKind(StrEnum):
-    token = "token"  # importance ratio of each token
-    sequence = "sequence"  # GSPO: one ratio a sequence, exp(mean_t dlogp)
-
-
-class Aggregation(StrEnum):
-    token_mean = "token_mean"  # sum over all tokens / number of tokens in the global batch
-    sequence_mean = "sequence_mean"  # mean over sequences of each one's token mean
-    constant_length = "constant_length"  # Dr.GRPO: sum over tokens / (sequences * max response length)
-
-
-class RolloutEngineKind(StrEnum):
-    megatron = "megatron"
-    vllm = "vllm"
-
-
-class DecayStyle(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class RecomputeGranularity(StrEnum):
-    selective = "selective"  # recompute_modules of every layer
-    full = "full"  # every layer from its input
-
-
-class RecomputeModule(StrEnum):
-    core_attn = "core_attn"  # attention itself, without its projections
-    mlp = "mlp"  # the norm and the MLP, or the experts with router and dispatch
-
-
-class StageKind(StrEnum):
-    sft = "sft"
-    pairs = "pairs"
-    warmup = "warmup"
-    align = "align"
-    rlvr = "rlvr"
-    eval = "eval"
+from prism_nemo.config.enums import (
+    Aggregation,
+    DecayStyle,
+    Device,
+    DiscriminatorView,
+    Fp8Recipe,
+    Precision,
+    RatioKind,
+    RecomputeGranularity,
+    RecomputeModule,
+    RolloutEngineKind,
+    Routing,
+    StageKind,
+    TransformerImpl,
+)
 
 
 @dataclass
@@ -326,6 +266,7 @@ class AlignConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlignAlgorithmConfig = field(default_factory=AlignAlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 

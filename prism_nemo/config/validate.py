@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
+from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutEngineKind, Routing, StageKind
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import (
@@ -22,7 +23,6 @@ from prism_nemo.config.schema import (
     AlignConfig,
     DataConfig,
     DiscriminatorConfig,
-    DiscriminatorView,
     EvalConfig,
     OptimizerConfig,
     PairsConfig,
@@ -30,12 +30,8 @@ from prism_nemo.config.schema import (
     PipelineConfig,
     PipelineStage,
     PolicyLossConfig,
-    Precision,
     RLVRConfig,
     RolloutConfig,
-    RolloutEngineKind,
-    Routing,
-    StageKind,
     TrainerConfig,
     WarmupConfig,
 )

@@ -117,7 +117,8 @@ def tensor_hash(source: Source, name: str, rows: int) -> str:
 
 def _compare_outputs(hf: Path, directory: Path, config: dict[str, Any], score_head: bool, dtype: torch.dtype) -> dict[str, float]:
     """The largest absolute difference of log-probabilities (of scores, for a discriminator) on each sample."""
-    from prism_nemo.config.schema import Device, DiscriminatorConfig, ParallelConfig, Precision, RuntimeConfig
+    from prism_nemo.config.enums import Device, Precision
+    from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, RuntimeConfig
     from prism_nemo.engine.runtime import session
     from prism_nemo.models.discriminator import DiscriminatorModule
     from prism_nemo.models.policy import OutputDistribution, PolicyModule

@@ -43,6 +43,9 @@ class Record:
     response          SFT: the demonstration; warm-up and alignment: the teacher's response
     student_response  warm-up: the other side of the pair
     answer            RLVR and evaluation: the verified answer
+    equivalent_answers  other ways to write it that count too
+    answer_kind       what the answer is (see prism_nemo.rewards), where it should not be told from its text
+    source            the data set that the record is from, where known
     caption           evaluation: the true perception, where known
     probe_response    `response` with one fact changed in each segment: the content probe's other side
     image_root        images and videos lie below it; None: whoever loads them says below what
@@ -54,6 +57,9 @@ class Record:
     response: str | None = None
     student_response: str | None = None
     answer: str | None = None
+    equivalent_answers: tuple[str, ...] = ()
+    answer_kind: str | None = None
+    source: str | None = None
     caption: str | None = None
     probe_response: str | None = None
     videos: tuple[VideoSource, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prism_nemo.config.schema import DiscriminatorView
+from prism_nemo.config.enums import DiscriminatorView
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.errors import DataError
 from prism_nemo.packing.groups import Segment, SegmentKind

@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
-from prism_nemo.config.schema import Fp8Recipe
+from prism_nemo.config.enums import Fp8Recipe
 from prism_nemo.convert.manifest import MANIFEST, check_manifest, seal
 from prism_nemo.convert.torch_dist import OPTIMIZER_UPDATES
 from prism_nemo.engine.chunks import Chunks, chunks_of

@@ -16,7 +16,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from prism_nemo.config.schema import DecayStyle, OptimizerConfig, ParallelConfig
+from prism_nemo.config.enums import DecayStyle
+from prism_nemo.config.schema import OptimizerConfig, ParallelConfig
 from prism_nemo.engine.chunks import chunks_of
 
 

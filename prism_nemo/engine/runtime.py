@@ -7,10 +7,10 @@ import math
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,10 +18,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+from prism_nemo.config.enums import Device
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.engine import layouts
 from prism_nemo.engine.layouts import Layout
-from prism_nemo.errors import ConfigError, LayoutError
+from prism_nemo.errors import ConfigError, LayoutError, PrismError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -140,6 +143,32 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for those that hold one model: it is the one in the main rank's data-parallel group."""
+        return bool(self.gather_objects(self.rank)[0] == 0)
+
+    def share_from_leader(self, make: Callable[[], T]) -> T:
+        """What `make()` returns on the leader of the ranks that hold one model, on all of them; the others do not call it.
+
+        A PrismError that it raises anywhere is raised on every rank. A collective over all ranks.
+        """
+        if self.world_size == 1:
+            return make()
+        leads = self.is_leader
+        value: T | PrismError | None = None
+        if leads:
+            try:
+                value = make()
+            except PrismError as error:
+                value = error
+        parcels = self.gather_objects_over_all((self.data_parallel_rank, value) if leads else None)
+        values = dict(parcel for parcel in parcels if parcel is not None)
+        for found in values.values():
+            if isinstance(found, PrismError):
+                raise found
+        return cast(T, values[self.data_parallel_rank])
 
     def barrier(self) -> None:
         if self.world_size > 1:

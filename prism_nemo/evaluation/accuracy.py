@@ -7,15 +7,13 @@ from dataclasses import replace
 
 from prism_nemo.algorithms.metrics import MetricSums, merge
 from prism_nemo.config.schema import DataConfig, RolloutConfig
-from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.records import Record
-from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.evaluation.held_out import open_held_out
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.answer import check_truth
-from prism_nemo.rollout.base import RolloutEngine
-from prism_nemo.rollout.batch import RolloutBatch, prompts_at_once, sample_rollouts
+from prism_nemo.rollout.batch import RolloutBatch, prompts_at_once
+from prism_nemo.rollout.sampler import Sampler
 
 
 class HeldOutPrompts:
@@ -25,14 +23,10 @@ class HeldOutPrompts:
     DataError for records that cannot be used (see `open_held_out`).
     """
 
-    def __init__(
-        self, engine: RolloutEngine, encoder: ChatEncoder, data: DataConfig, runtime: Runtime, *, seed: int, limit: int | None
-    ) -> None:
-        self.engine = engine
-        self.encoder = encoder
-        self.runtime = runtime
-        self.seed = seed
-        self.records = open_held_out(data, self._encode, runtime, limit=limit)
+    def __init__(self, sampler: Sampler, data: DataConfig, *, limit: int | None) -> None:
+        self.sampler = sampler
+        self.runtime = sampler.runtime
+        self.records = open_held_out(data, self._encode, self.runtime, limit=limit)
 
     def sample(self, rollout: RolloutConfig) -> Iterator[RolloutBatch]:
         """Responses to this data-parallel rank's prompts, as many at a time as are decoded together.
@@ -43,7 +37,7 @@ class HeldOutPrompts:
         batches = self.runtime.max_over_data_parallel(-(-len(mine) // at_once))
         for start in range(0, batches * at_once, at_once):
             prompts = [(record, self._encode(record)) for record in mine[start : start + at_once]]
-            yield sample_rollouts(self.engine, self.encoder, prompts, rollout, seed=self.seed, step=0)
+            yield self.sampler.sample(prompts, rollout, step=0)
 
     def accuracy(self, rollout: RolloutConfig) -> dict[str, float]:
         """accuracy, caption_accuracy, format_rate, …: one response per prompt; empty without a validation file."""
@@ -56,4 +50,4 @@ class HeldOutPrompts:
     def _encode(self, record: Record) -> EncodedPrompt:
         if record.answer is not None:
             check_truth(record.answer)
-        return self.encoder.encode_prompt(record)
+        return self.sampler.encoder.encode_prompt(record)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Routing
+from prism_nemo.config.enums import Routing
+from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig
 from prism_nemo.convert.hf import hf_assets_directory, load_model_config
 from prism_nemo.convert.upcycling import upcycled_config
 from prism_nemo.engine.checkpoint import is_model_checkpoint

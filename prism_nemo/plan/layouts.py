@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from prism_nemo.config.enums import RecomputeGranularity, RecomputeModule
 from prism_nemo.config.layout import EP, ModelSizes, check_model, check_parallel, model_sizes
-from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.errors import LayoutError
 from prism_nemo.plan.activations import Recompute
 from prism_nemo.plan.placed import Placed, Settings

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from prism_nemo.config.schema import RolloutConfig, RolloutEngineKind
+from prism_nemo.config.enums import RolloutEngineKind
+from prism_nemo.config.schema import RolloutConfig
 from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 

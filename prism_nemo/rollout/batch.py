@@ -15,19 +15,20 @@ from prism_nemo.config.schema import RolloutConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.records import Record
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rewards.answer import answers_match
 from prism_nemo.rewards.format import ParsedResponse, parse_response
-from prism_nemo.rollout.base import Rollout, RolloutEngine, SamplingParams, rollout_seed
+from prism_nemo.rewards.registry import Reward
+from prism_nemo.rollout.base import Rollout, SamplingParams
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
-    """B rollouts, those of a prompt together, prompts in order."""
+    """B rollouts, those of a prompt together, prompts in order; a reward is None where there is no verified answer."""
 
     records: Sequence[Record]
     prompts: Sequence[EncodedPrompt]
     rollouts: Sequence[Rollout]
     texts: Sequence[str]
+    rewards: Sequence[Reward | None]
 
     @cached_property
     def group_ids(self) -> Tensor:
@@ -48,15 +49,9 @@ class RolloutBatch:
         return self.records[self.rollouts[index].prompt_index]
 
     @cached_property
-    def correct(self) -> list[bool | None]:
-        """Whether the answer matches the verified one; None where there is none to match."""
-        return [self._matches(index) for index in range(len(self.texts))]
-
-    def _matches(self, index: int) -> bool | None:
-        truth, parsed = self.record_of(index).answer, self.parsed[index]
-        if truth is None:
-            return None
-        return parsed is not None and answers_match(parsed.answer, truth)
+    def correct(self) -> list[float | None]:
+        """The share of the verified answer that was found, mostly 0 or 1; None where there is none to match."""
+        return [None if reward is None else reward.accuracy for reward in self.rewards]
 
     @cached_property
     def caption_correct(self) -> list[bool | None]:
@@ -112,20 +107,3 @@ def sampling_params(config: RolloutConfig, encoder: ChatEncoder) -> SamplingPara
 def prompts_at_once(config: RolloutConfig) -> int:
     """Prompts whose rollouts are decoded together: to sample so many at a time gives what sampling all in one call gives."""
     return max(1, config.max_batch_size // config.num_rollouts_per_prompt)
-
-
-def sample_rollouts(
-    engine: RolloutEngine,
-    encoder: ChatEncoder,
-    batch: Sequence[tuple[Record, EncodedPrompt]],
-    config: RolloutConfig,
-    *,
-    seed: int,
-    step: int,
-) -> RolloutBatch:
-    """`num_rollouts_per_prompt` responses to each prompt, seeded by the run's seed, the step, the record and their number."""
-    count = config.num_rollouts_per_prompt
-    records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
-    seeds = [rollout_seed(seed, step, record.id, index) for record in records for index in range(count)]
-    rollouts = engine.generate(prompts, sampling_params(config, encoder), num_rollouts_per_prompt=count, seeds=seeds)
-    return RolloutBatch(records, prompts, rollouts, [encoder.decode(rollout.tokens) for rollout in rollouts])

@@ -33,8 +33,10 @@ from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
 from prism_nemo.rewards.answer import check_truth
+from prism_nemo.rewards.grader import Grader
 from prism_nemo.rollout.base import build_engine
-from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.rollout.batch import RolloutBatch
+from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 from prism_nemo.stages.crossing import Crossing, Scores
 from prism_nemo.stages.loop import StageLoop
@@ -53,7 +55,7 @@ class AlignPrompt:
 class AlignTrainer:
     """One step of policy and discriminator per global batch of prompts."""
 
-    def __init__(self, config: AlignConfig, runtime: Runtime, loop: StageLoop) -> None:
+    def __init__(self, config: AlignConfig, runtime: Runtime, loop: StageLoop, grader: Grader) -> None:
         self.config = config
         self.runtime = runtime
         self.loop = loop
@@ -66,12 +68,11 @@ class AlignTrainer:
         self.models = {"policy": self.policy, "discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        self.engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.stream = open_stream(config, self.encode, required=("response",))
         self.probe = ContentProbe(self.discriminator, self.encoder, config, own_runtime)
-        self.held_out = HeldOutPrompts(
-            self.engine, self.encoder, config.data, runtime, seed=config.runtime.seed, limit=config.trainer.limit_val_samples
-        )
+        self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
     def encode(self, record: Record) -> AlignPrompt:
         assert record.response is not None
@@ -91,10 +92,8 @@ class AlignTrainer:
             prompts = [(record, encoded.prompt) for record, encoded in batch]
 
             with self.loop.timed("rollout"):
-                self.engine.update_weights(self.policy.hf_tensors(), version=step)
-                rollouts = sample_rollouts(
-                    self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
-                )
+                self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
+                rollouts = self.sampler.sample(prompts, self.config.rollout, step=step)
             with self.loop.timed("discriminator"):
                 scores, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
             with self.loop.timed("policy"):
@@ -238,5 +237,9 @@ class AlignTrainer:
 def run(config: AlignConfig) -> None:
     """The `align` command."""
     validate(config)
-    with session(config.parallel, config.runtime) as runtime, StageLoop("align", config, runtime) as loop:
-        AlignTrainer(config, runtime, loop).fit()
+    with (
+        Grader(config.reward) as grader,
+        session(config.parallel, config.runtime) as runtime,
+        StageLoop("align", config, runtime) as loop,
+    ):
+        AlignTrainer(config, runtime, loop, grader).fit()

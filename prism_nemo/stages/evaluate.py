@@ -17,7 +17,7 @@ from prism_nemo.config.schema import EvalConfig, RolloutConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
-from prism_nemo.rewards.registry import reward_function, rewards_of
+from prism_nemo.rewards.grader import Grader
 from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.run_directory import write_atomically
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
@@ -31,17 +31,9 @@ def run(config: EvalConfig) -> None:
     Told to stop, it ends with status 75 and has nothing to show; the same command evaluates anew.
     """
     validate(config)
-    reward_function(config.reward.name)  # an unknown name is found before anything is sampled
     directory = Path(config.experiment.dir)
-    with open_sampling_run("eval", config) as opened:
-        prompts = HeldOutPrompts(
-            opened.engine,
-            opened.encoder,
-            config.data,
-            opened.runtime,
-            seed=config.runtime.seed,
-            limit=config.limit_samples,
-        )
+    with Grader(config.reward) as grader, open_sampling_run("eval", config, grader=grader) as opened:
+        prompts = HeldOutPrompts(opened.sampler, config.data, limit=config.limit_samples)
         decodings = {"sampled": config.rollout}
         if config.also_greedy and config.rollout.temperature > 0:
             decodings["greedy"] = replace(config.rollout, temperature=0.0, num_rollouts_per_prompt=1)
@@ -59,7 +51,7 @@ def _measure(
     """The metrics of one way of decoding; the samples go to samples.jsonl as they come."""
     sums: MetricSums = {}
     for batch in prompts.sample(rollout):
-        sums = merge(sums, {**batch.metrics(), "reward": _rewards(batch, config)})
+        sums = merge(sums, {**batch.metrics(), "reward": _rewards(batch)})
         rows = [{"decoding": name, **row} for row in batch.samples(len(batch.texts), {})]
         opened.experiment.log_samples(1, [row for share in opened.runtime.gather_objects(rows) for row in share])
         opened.stop_if_told()
@@ -68,9 +60,6 @@ def _measure(
     return result
 
 
-def _rewards(batch: RolloutBatch, config: EvalConfig) -> tuple[Tensor, Tensor]:
+def _rewards(batch: RolloutBatch) -> tuple[Tensor, Tensor]:
     """The mean reward, as RLVR would give it, where there is an answer to verify."""
-    answers = [batch.record_of(index).answer for index in range(len(batch.texts))]
-    verified = [(text, answer) for text, answer in zip(batch.texts, answers, strict=True) if answer is not None]
-    rewards = rewards_of([text for text, _ in verified], [answer for _, answer in verified], config.reward)
-    return mean_of(torch.tensor([reward.score for reward in rewards]))
+    return mean_of(torch.tensor([reward.score for reward in batch.rewards if reward is not None]))

@@ -22,7 +22,7 @@ from prism_nemo.data.sources import video_item
 from prism_nemo.data.stream import fingerprint
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rollout.batch import prompts_at_once, sample_rollouts
+from prism_nemo.rollout.batch import prompts_at_once
 from prism_nemo.stages.bad_samples import settle_bad_records
 from prism_nemo.stages.parts import PartFiles
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
@@ -80,11 +80,11 @@ def _rows(records: dict[int, Record], config: PairsConfig, opened: SamplingRun) 
     for number, record in records.items():
         try:
             shared = _shared_fields(record, image_root(config))
-            batch.append((record, opened.encoder.encode_prompt(record)))
+            batch.append((record, opened.sampler.encoder.encode_prompt(record)))
             rows[number] = {"record": number, "shared": shared, "pairs": [], "invalid": 0}
         except DataError as error:
             rows[number] = {"record": number, "bad": asdict(BadRecord.from_error(record.id, f"record {record.id}", error))}
-    rollouts = sample_rollouts(opened.engine, opened.encoder, batch, config.rollout, seed=config.runtime.seed, step=0)
+    rollouts = opened.sampler.sample(batch, config.rollout, step=0)
     good = [row for row in rows.values() if "bad" not in row]
     for index, (text, parsed) in enumerate(zip(rollouts.texts, rollouts.parsed, strict=True)):
         row = good[rollouts.rollouts[index].prompt_index]

@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from prism_nemo.config.compose import Config, dump_config, load_config, stage_overrides
-from prism_nemo.config.schema import ParallelConfig, PipelineConfig, PipelineStage, RuntimeConfig, StageKind
+from prism_nemo.config.enums import StageKind
+from prism_nemo.config.schema import ParallelConfig, PipelineConfig, PipelineStage, RuntimeConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.errors import ConfigError, PrismError

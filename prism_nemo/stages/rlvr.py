@@ -25,9 +25,9 @@ from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.answer import check_truth
-from prism_nemo.rewards.registry import Reward, reward_function, rewards_of
+from prism_nemo.rewards.grader import Grader
 from prism_nemo.rollout.base import build_engine
-from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_batch import policy_batch
 
@@ -35,21 +35,19 @@ from prism_nemo.stages.policy_batch import policy_batch
 class RLVRTrainer:
     """One policy step per global batch of prompts."""
 
-    def __init__(self, config: RLVRConfig, runtime: Runtime, loop: StageLoop) -> None:
+    def __init__(self, config: RLVRConfig, runtime: Runtime, loop: StageLoop, grader: Grader) -> None:
         self.config = config
         self.runtime = runtime
         self.loop = loop
-        reward_function(config.reward.name)  # an unknown name is found before a model is loaded
         self.policy = PolicyModel(config.model, config.parallel, runtime)
         self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
         self.models = {"policy": self.policy}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        self.engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.stream = open_stream(config, self.encode, required=("answer",))
-        self.held_out = HeldOutPrompts(
-            self.engine, self.encoder, config.data, runtime, seed=config.runtime.seed, limit=config.trainer.limit_val_samples
-        )
+        self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
     def encode(self, record: Record) -> EncodedPrompt:
         """Raises DataError for a record without an answer that can be verified, too."""
@@ -62,13 +60,9 @@ class RLVRTrainer:
             prompts = self.loop.next_batch(self.stream)
 
             with self.loop.timed("rollout"):
-                self.engine.update_weights(self.policy.hf_tensors(), version=step)
-                rollouts = sample_rollouts(
-                    self.engine, self.encoder, prompts, self.config.rollout, seed=self.config.runtime.seed, step=step
-                )
-            with self.loop.timed("reward"):
-                rewards = self.rewards(rollouts)
-            scores = torch.tensor([reward.score for reward in rewards])
+                self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
+                rollouts = self.sampler.sample(prompts, self.config.rollout, step=step)
+            scores = torch.tensor([reward.score for reward in rollouts.rewards if reward is not None])
             advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
             batch = policy_batch(
                 rollouts,
@@ -95,11 +89,6 @@ class RLVRTrainer:
             )
         self.policy.finish_training()
 
-    def rewards(self, rollouts: RolloutBatch) -> list[Reward]:
-        """Every rollout's reward against its prompt's verified answer."""
-        answers = [rollouts.record_of(index).answer or "" for index in range(len(rollouts.texts))]
-        return rewards_of(rollouts.texts, answers, self.config.reward)
-
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts; nothing without a validation file."""
         return self.held_out.accuracy(self.config.rollout)
@@ -114,5 +103,9 @@ class RLVRTrainer:
 def run(config: RLVRConfig) -> None:
     """The `rlvr` command."""
     validate(config)
-    with session(config.parallel, config.runtime) as runtime, StageLoop("rlvr", config, runtime) as loop:
-        RLVRTrainer(config, runtime, loop).fit()
+    with (
+        Grader(config.reward) as grader,
+        session(config.parallel, config.runtime) as runtime,
+        StageLoop("rlvr", config, runtime) as loop,
+    ):
+        RLVRTrainer(config, runtime, loop, grader).fit()

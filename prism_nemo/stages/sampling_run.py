@@ -12,7 +12,9 @@ from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.experiment import Experiment
 from prism_nemo.models.policy import PolicyModel
-from prism_nemo.rollout.base import RolloutEngine, build_engine
+from prism_nemo.rewards.grader import Grader
+from prism_nemo.rollout.base import build_engine
+from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.run_directory import resolve_model_directory
 from prism_nemo.stages.loop import open_experiment
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
@@ -22,8 +24,7 @@ from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 class SamplingRun:
     runtime: Runtime
     experiment: Experiment
-    encoder: ChatEncoder
-    engine: RolloutEngine
+    sampler: Sampler
     policy_directory: Path
     signals: StopSignals
 
@@ -34,7 +35,7 @@ class SamplingRun:
 
 
 @contextmanager
-def open_sampling_run(stage: str, config: EvalConfig | PairsConfig) -> Iterator[SamplingRun]:
+def open_sampling_run(stage: str, config: EvalConfig | PairsConfig, *, grader: Grader | None = None) -> Iterator[SamplingRun]:
     """Such a run has no steps: its metrics and samples start anew each time."""
     with (
         StopSignals() as signals,
@@ -46,4 +47,5 @@ def open_sampling_run(stage: str, config: EvalConfig | PairsConfig) -> Iterator[
         policy = PolicyModel(config.model, config.parallel, runtime)
         encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
         engine = build_engine(config.rollout, policy.chunks, device=runtime.device)
-        yield SamplingRun(runtime, experiment, encoder, engine, directory, signals)
+        sampler = Sampler(engine, encoder, grader, runtime, config.runtime.seed)
+        yield SamplingRun(runtime, experiment, sampler, directory, signals)

@@ -13,7 +13,8 @@ from helpers.ranks import run_ranks
 from helpers.stages import run_stage, settings, tiny_task, written
 
 from prism_nemo.config.compose import load_config
-from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+from prism_nemo.config.enums import Device
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.engine.runtime import session
 from prism_nemo.errors import DataError
 from prism_nemo.run_directory import read_json_lines

@@ -13,7 +13,8 @@ from helpers.ranks import run_ranks
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 
-from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
 from prism_nemo.convert.ranks import launched_ranks
 from prism_nemo.engine.checkpoint import save_model, seal

@@ -16,7 +16,8 @@ from helpers.ranks import run_ranks
 from helpers.rows import one_rank, relative_errors
 from torch import Tensor
 
-from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+from prism_nemo.config.enums import Device
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.engine.checkpoint import CheckpointStore
 from prism_nemo.engine.runtime import Runtime, initialize, session
 from prism_nemo.models.base import TrainableModel, TrainingBatch

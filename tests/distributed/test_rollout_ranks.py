@@ -13,7 +13,8 @@ from helpers.ranks import run_ranks
 from helpers.rows import CPU, build_model, one_rank
 from helpers.tiny import NUM_EXPERTS, make_prompt, tiny_model
 
-from prism_nemo.config.schema import Device, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Device, Precision
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.engine.runtime import initialize, session
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.groups import EncodedPrompt

@@ -22,7 +22,8 @@ from helpers.stages import MODULES, assert_same_metrics, run_stage, settings, tr
 from torch import Tensor
 
 from prism_nemo.config.compose import load_config
-from prism_nemo.config.schema import Device, DiscriminatorConfig, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Device, Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.engine.runtime import initialize, session
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.weights import export_hf_tensors

@@ -20,7 +20,8 @@ from helpers.ranks import TESTS, run_ranks
 from helpers.rows import gradients, relative_errors
 from helpers.tiny import make_prompt
 
-from prism_nemo.config.schema import Device, Fp8Recipe, ParallelConfig, RuntimeConfig
+from prism_nemo.config.enums import Device, Fp8Recipe
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.convert.torch_dist import TorchDistCheckpoint
 from prism_nemo.engine.checkpoint import load_model, save_model, seal
 from prism_nemo.engine.runtime import initialize, session

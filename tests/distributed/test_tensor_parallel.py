@@ -20,15 +20,8 @@ from helpers.videos import mixed_group, mixed_prompt
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
-from prism_nemo.config.schema import (
-    Device,
-    DiscriminatorConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-    Routing,
-    RuntimeConfig,
-)
+from prism_nemo.config.enums import Device, Precision, Routing
+from prism_nemo.config.schema import DiscriminatorConfig, OptimizerConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.convert.hf import load_model_config
 from prism_nemo.convert.qwen3_vl import HF_SCORE_HEAD
 from prism_nemo.engine.logprobs import label_log_probs

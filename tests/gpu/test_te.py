@@ -18,15 +18,8 @@ from helpers.layouts import OPTIMIZER, RECOMPUTE, batch, directories, loss_of
 from helpers.rows import gradients, relative_errors
 from helpers.tiny import make_prompt
 
-from prism_nemo.config.schema import (
-    Device,
-    DiscriminatorConfig,
-    Fp8Recipe,
-    ModelConfig,
-    ParallelConfig,
-    RuntimeConfig,
-    TransformerImpl,
-)
+from prism_nemo.config.enums import Device, Fp8Recipe, TransformerImpl
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.engine.checkpoint import load_model, save_model, seal
 from prism_nemo.engine.runtime import Runtime, initialize
 from prism_nemo.errors import ConfigError

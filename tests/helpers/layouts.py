@@ -12,15 +12,8 @@ from helpers.tiny import make_group, tiny_model
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
-from prism_nemo.config.schema import (
-    DiscriminatorConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-    RecomputeGranularity,
-    RecomputeModule,
-)
+from prism_nemo.config.enums import Precision, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.models.base import TrainableModel
 from prism_nemo.models.discriminator import DiscriminatorModel

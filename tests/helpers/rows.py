@@ -12,7 +12,8 @@ from torch import Tensor
 import prism_nemo.engine  # noqa: F401  isort: skip  before megatron
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from prism_nemo.config.schema import Device, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Device, Precision
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.convert.hf import load_model_config
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.chunks import Chunks, chunks_of

@@ -9,7 +9,7 @@ import importlib
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from prism_nemo.data.digits import DigitsTask, write_digits_task
 from prism_nemo.data.digits_model import write_model_files
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.experiment import read_metrics
+from prism_nemo.rewards.grader import Grader
 from prism_nemo.run_directory import read_json_lines
 from prism_nemo.stages.align import AlignTrainer
 from prism_nemo.stages.loop import StageLoop
@@ -158,8 +159,10 @@ def trainer_of(stage: str, directory: Path, *overrides: str) -> Iterator[Any]:
     """A stage's trainer, ready to be called piece by piece."""
     runtime = runtime_of_this_process()
     config = stage_config(stage, directory, *overrides)
-    with StageLoop(stage, config, runtime) as loop:
-        yield TRAINERS[stage](config, runtime, loop)
+    with ExitStack() as stack:
+        graders = [stack.enter_context(Grader(config.reward))] if stage in ("align", "rlvr") else []
+        loop = stack.enter_context(StageLoop(stage, config, runtime))
+        yield TRAINERS[stage](config, runtime, loop, *graders)
 
 
 @cache

@@ -23,7 +23,7 @@ from prism_nemo.models.base import TrainableModel, TrainingBatch
 from prism_nemo.models.policy import PolicyOutput
 from prism_nemo.packing.groups import Group, Segment, SegmentKind
 from prism_nemo.packing.rows import PackedRow, make_row
-from prism_nemo.rollout.batch import RolloutBatch, sample_rollouts
+from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.run_directory import read_json_lines
 from prism_nemo.stages.align import AlignTrainer
 from prism_nemo.stages.comparisons import ComparisonBatch
@@ -83,7 +83,7 @@ def sample(trainer: AlignTrainer) -> Step:
     trainer.discriminator.prepare_for_training()
     batch = trainer.stream.next_batch()
     prompts = [(record, encoded.prompt) for record, encoded in batch]
-    rollouts = sample_rollouts(trainer.engine, trainer.encoder, prompts, trainer.config.rollout, seed=1, step=0)
+    rollouts = trainer.sampler.sample(prompts, trainer.config.rollout, step=0)
     return Step(trainer, rollouts, [encoded.teacher for _, encoded in batch])
 
 
@@ -417,7 +417,7 @@ def test_rollouts_differ_from_step_to_step_and_not_from_run_to_run(step: Step) -
     def texts(number: int) -> Sequence[str]:
         trainer = step.trainer
         batch = list(zip(step.rollouts.records, step.rollouts.prompts, strict=True))
-        return sample_rollouts(trainer.engine, trainer.encoder, batch, trainer.config.rollout, seed=1, step=number).texts
+        return trainer.sampler.sample(batch, trainer.config.rollout, step=number).texts
 
     assert texts(0) == step.rollouts.texts
     assert sum(a == b for a, b in zip(texts(1), step.rollouts.texts, strict=True)) <= 1

@@ -15,7 +15,8 @@ from helpers.tiny import IMAGE_TOKEN, tiny_model
 from safetensors.torch import load_file, save_file
 
 from prism_nemo.cli import main
-from prism_nemo.config.schema import ModelConfig, ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.convert.hf import copy_assets
 from prism_nemo.convert.verify import sample_rows
 from prism_nemo.models.policy import PolicyModel

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prism_nemo.cli import main
-from prism_nemo.config.schema import ModelConfig, ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.convert.commands import export_hf, import_hf
 from prism_nemo.data.readers import read_records
 from prism_nemo.models.policy import PolicyModel

@@ -19,8 +19,10 @@ SCRIPT = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from prism_nemo.config.schema import DecayStyle, Device, DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from prism_nemo.config.schema import Precision, RuntimeConfig
+from prism_nemo.config.enums import DecayStyle, Device
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import RuntimeConfig
 from prism_nemo.engine.checkpoint import CheckpointStore
 from prism_nemo.engine.runtime import session
 from prism_nemo.models.discriminator import DiscriminatorModel

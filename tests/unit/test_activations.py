@@ -11,7 +11,8 @@ from helpers.rows import one_rank
 from helpers.tiny import make_group, tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import ModelConfig, ParallelConfig, Precision, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.enums import Precision, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.packing.rows import PackedRow, make_row
 

@@ -17,7 +17,8 @@ from helpers.rows import one_rank
 from helpers.tiny import tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import DecayStyle, DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from prism_nemo.config.enums import DecayStyle, Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.engine import checkpoint as checkpoint_module
 from prism_nemo.engine.checkpoint import MANIFEST, CheckpointStore, check_manifest, is_model_checkpoint, load_model
 from prism_nemo.engine.runtime import rng_state, set_rng_state

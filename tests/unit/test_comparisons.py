@@ -13,7 +13,8 @@ from helpers.tiny import make_prompt, random_tokens
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums, finalize, merge
-from prism_nemo.config.schema import DiscriminatorConfig, DiscriminatorView
+from prism_nemo.config.enums import DiscriminatorView
+from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.errors import ConfigError
 from prism_nemo.packing.groups import Segment, SegmentKind
 from prism_nemo.packing.rows import PackedRow

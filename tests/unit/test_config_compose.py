@@ -8,18 +8,8 @@ from pathlib import Path
 import pytest
 
 from prism_nemo.config.compose import SCHEMAS, dump_config, load_config, stage_overrides
-from prism_nemo.config.schema import (
-    Aggregation,
-    AlignConfig,
-    DecayStyle,
-    PipelineConfig,
-    PipelineStage,
-    Precision,
-    RatioKind,
-    RLVRConfig,
-    SFTConfig,
-    StageKind,
-)
+from prism_nemo.config.enums import Aggregation, DecayStyle, Precision, RatioKind, StageKind
+from prism_nemo.config.schema import AlignConfig, PipelineConfig, PipelineStage, RLVRConfig, SFTConfig
 from prism_nemo.errors import ConfigError
 
 RLVR = ["model.path=model", "data.train=train.jsonl", "experiment.dir=run"]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from prism_nemo.config.compose import StageConfig, load_config
+from prism_nemo.config.enums import StageKind
 from prism_nemo.config.ranges import RANGES, Range
-from prism_nemo.config.schema import PipelineConfig, StageKind
+from prism_nemo.config.schema import PipelineConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.errors import ConfigError, LayoutError
 

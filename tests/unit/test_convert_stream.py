@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_nemo.convert import manifest
 from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
 from prism_nemo.convert.dtypes import BFLOAT16, BY_NAME, FLOAT32, DType

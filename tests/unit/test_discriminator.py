@@ -15,7 +15,8 @@ from helpers.tiny import PATCH_WIDTH, make_group, make_prompt, random_tokens, ti
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
-from prism_nemo.config.schema import DiscriminatorConfig, OptimizerConfig, ParallelConfig, Precision, Routing
+from prism_nemo.config.enums import Precision, Routing
+from prism_nemo.config.schema import DiscriminatorConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.checkpoint import CheckpointStore
 from prism_nemo.errors import CheckpointError, ConfigError

@@ -14,7 +14,8 @@ from helpers.stages import trainer_of, written
 from helpers.tiny import tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import DecayStyle, DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from prism_nemo.config.enums import DecayStyle, Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.engine.optimizer import ModelOptimizer, StepResult, learning_rate, wrap_data_parallel
 from prism_nemo.errors import PrismError
 from prism_nemo.models.base import TrainableModel

@@ -10,7 +10,8 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.tiny import make_group, tiny_model
 
-from prism_nemo.config.schema import Device, DiscriminatorConfig, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Device, Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.plan.activations import Attention, Cost, Row, saved_bytes
 from prism_nemo.plan.parameters import rank_parameters
 from prism_nemo.plan.shapes import shape_of

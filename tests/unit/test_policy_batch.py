@@ -12,15 +12,8 @@ from helpers.rows import assert_gradients_close, gradients, one_rank
 from helpers.tiny import make_prompt, random_tokens, tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import (
-    Aggregation,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PolicyLossConfig,
-    Precision,
-    RatioKind,
-)
+from prism_nemo.config.enums import Aggregation, Precision, RatioKind
+from prism_nemo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PolicyLossConfig
 from prism_nemo.data.records import Record
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import Group, Segment
@@ -46,7 +39,7 @@ def make_batch() -> RolloutBatch:
         tokens[torch.isin(tokens, torch.tensor(BANNED))] = 1
         rollouts.append(Rollout(prompt, tokens, torch.full((length,), -2.0 - index), "stop", 0))
     records = [Record(str(number), "") for number in range(len(LENGTHS))]
-    return RolloutBatch(records, prompts, rollouts, [""] * len(rollouts))
+    return RolloutBatch(records, prompts, rollouts, [""] * len(rollouts), [None] * len(rollouts))
 
 
 @pytest.fixture(scope="module")

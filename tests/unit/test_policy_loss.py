@@ -13,7 +13,8 @@ from torch import Tensor
 from prism_nemo.algorithms.metrics import MetricSums, finalize, merge
 from prism_nemo.algorithms.policy_loss import PolicyLossOutput, policy_loss
 from prism_nemo.algorithms.rollout_correction import correction_weights, mismatch_metrics
-from prism_nemo.config.schema import Aggregation, PolicyLossConfig, RatioKind
+from prism_nemo.config.enums import Aggregation, RatioKind
+from prism_nemo.config.schema import PolicyLossConfig
 
 GRPO = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0)
 DAPO = PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=10.0)

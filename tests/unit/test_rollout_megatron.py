@@ -12,7 +12,8 @@ from helpers.tiny import IMAGE_TOKEN, TinyModel, make_prompt, tiny_model
 from torch import Tensor
 
 import prism_nemo.rollout.megatron as megatron_module
-from prism_nemo.config.schema import ParallelConfig, Precision, RolloutConfig, RolloutEngineKind
+from prism_nemo.config.enums import Precision, RolloutEngineKind
+from prism_nemo.config.schema import ParallelConfig, RolloutConfig
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.logprobs import label_log_probs
 from prism_nemo.errors import ConfigError

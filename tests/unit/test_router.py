@@ -14,7 +14,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from prism_nemo.config.schema import ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.models.context import PADDING, PROMPT, RouterStatistics, RoutingContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel

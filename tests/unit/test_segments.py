@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.stages import stage_config, tiny_task
 
-from prism_nemo.config.schema import DiscriminatorView
+from prism_nemo.config.enums import DiscriminatorView
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.readers import read_records
 from prism_nemo.data.segments import KINDS, response_segments

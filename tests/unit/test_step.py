@@ -13,7 +13,8 @@ from helpers.tiny import PATCH_WIDTH, make_group, tiny_model
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums, mean_of
-from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, Routing
+from prism_nemo.config.enums import Precision, Routing
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.engine.step import reduce_metrics, run_rows
 from prism_nemo.models.base import TrainableModel, TrainingBatch
 from prism_nemo.models.discriminator import DiscriminatorModel

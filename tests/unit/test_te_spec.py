@@ -15,17 +15,9 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 
 from prism_nemo.config import fp8 as config_fp8
 from prism_nemo.config.compose import load_config
+from prism_nemo.config.enums import Device, Fp8Recipe, Precision, StageKind, TransformerImpl
 from prism_nemo.config.fp8 import check_layers
-from prism_nemo.config.schema import (
-    Device,
-    DiscriminatorConfig,
-    Fp8Recipe,
-    ModelConfig,
-    ParallelConfig,
-    Precision,
-    StageKind,
-    TransformerImpl,
-)
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.engine.checkpoint import _without_extra_states
 from prism_nemo.engine.runtime import RowLengths

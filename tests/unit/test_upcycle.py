@@ -12,7 +12,8 @@ from helpers.rows import one_rank
 from helpers.tiny import make_group, tiny_model
 from torch import Tensor
 
-from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig, Precision, Routing
+from prism_nemo.config.enums import Precision, Routing
+from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig
 from prism_nemo.convert.random_init import named_normal
 from prism_nemo.convert.upcycling import dense_source, upcycled_config
 from prism_nemo.errors import ConfigError

@@ -25,7 +25,8 @@ from torch import Tensor
 
 import prism_nemo.engine  # noqa: F401  before megatron
 from prism_nemo.algorithms.metrics import MetricSums
-from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.data.digits_model import write_base_model
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.models.base import TrainableModel, TrainingBatch

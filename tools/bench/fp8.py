@@ -23,15 +23,8 @@ from typing import Any
 
 import torch
 
-from prism_nemo.config.schema import (
-    DecayStyle,
-    Fp8Recipe,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RuntimeConfig,
-    TransformerImpl,
-)
+from prism_nemo.config.enums import DecayStyle, Fp8Recipe, TransformerImpl
+from prism_nemo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.convert.random_init import write_random_weights
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.errors import ConfigError

@@ -155,7 +155,8 @@ def measure(case: Case) -> dict[str, float]:
     import torch
 
     import prism_nemo.engine  # noqa: F401  before megatron
-    from prism_nemo.config.schema import Device, ParallelConfig, RuntimeConfig
+    from prism_nemo.config.enums import Device
+    from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
     from prism_nemo.engine.runtime import session
 
     torch.backends.mkldnn.enabled = case.onednn  # type: ignore[assignment]
@@ -209,7 +210,8 @@ def write_model(case: Case, directory: Path) -> Path:
 
 
 def build_model(case: Case, directory: Path, runtime: Any) -> Any:
-    from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, Precision
+    from prism_nemo.config.enums import Precision
+    from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig
     from prism_nemo.models.discriminator import DiscriminatorModel
     from prism_nemo.models.policy import PolicyModel
     from prism_nemo.plan.activations import Recompute

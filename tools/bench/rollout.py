@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import prism_nemo.engine  # noqa: F401  before megatron
-from prism_nemo.config.schema import ParallelConfig, Precision, RuntimeConfig
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.convert.hf import load_model_config
 from prism_nemo.data.digits_model import write_base_model
 from prism_nemo.engine.runtime import Runtime, session

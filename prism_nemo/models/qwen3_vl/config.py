@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from prism_nemo.config.schema import ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.errors import ConfigError, LayoutError
 from prism_nemo.models.qwen3_vl.fp8 import LOCAL, LayerKind
 

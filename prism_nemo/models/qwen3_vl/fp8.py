@@ -16,16 +16,9 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from prism_nemo.config.enums import Device, Fp8Recipe, Precision, TransformerImpl
 from prism_nemo.config.fp8 import check_layers, has_transformer_engine
-from prism_nemo.config.schema import (
-    Device,
-    DiscriminatorConfig,
-    Fp8Recipe,
-    ModelConfig,
-    ParallelConfig,
-    Precision,
-    TransformerImpl,
-)
+from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_nemo.engine.runtime import cuda_capability
 from prism_nemo.errors import ConfigError, LayoutError
 

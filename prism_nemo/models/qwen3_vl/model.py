@@ -15,7 +15,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from prism_nemo.config.schema import ParallelConfig, Precision
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.models.context import RoutingContext, RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape

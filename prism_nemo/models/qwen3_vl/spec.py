@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prism_nemo.config.schema import ParallelConfig, RecomputeGranularity, RecomputeModule
+from prism_nemo.config.enums import RecomputeGranularity, RecomputeModule
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.rope import rotate
 from prism_nemo.models.router import GroupBalancedRouter
