@@ -55,6 +55,16 @@ class RolloutEngineKind(StrEnum):
     vllm = "vllm"
 
 
+class Benchmark(StrEnum):
+    mathvista = "mathvista"  # testmini
+    mathvision = "mathvision"  # test or testmini
+    mathverse = "mathverse"  # testmini, five versions of each problem
+    wemath = "wemath"  # We-Math testmini, with its four-dimensional metrics
+    mmmu = "mmmu"  # validation
+    mmmu_pro = "mmmu_pro"  # standard (10 options) and vision
+    hallusionbench = "hallusionbench"
+
+
 class DecayStyle(StrEnum):
     constant = "constant"
     linear = "linear"

@@ -134,7 +134,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "min_content_probe": SHARE,
     },
     RewardConfig: {"accuracy_weight": NOT_NEGATIVE, "format_weight": NOT_NEGATIVE},
-    EvalConfig: {"limit_samples": COUNT},
+    EvalConfig: {"limit_samples": COUNT, "bootstrap_samples": COUNT_OR_NONE},
     PairsConfig: {"limit_samples": COUNT},
     DigitsConfig: {"num_public": COUNT, "num_teacher": COUNT, "num_prompts": COUNT, "num_test": COUNT},
     PipelineConfig: {"seed": COUNT_OR_NONE},

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from prism_nemo.config.enums import (
     Aggregation,
+    Benchmark,
     DecayStyle,
     Device,
     DiscriminatorView,
@@ -295,6 +296,10 @@ class EvalConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     also_greedy: bool = True  # evaluate a second time, always taking the likeliest token
     limit_samples: int | None = None  # prompts; null: the whole validation file
+    benchmark: Benchmark | None = None  # data.validation holds its published files, a file or a folder; null: records of our own
+    category: str = "category"  # metadata key that figures are broken down by; records without it go by their source
+    pass_at_k: list[int] = field(default_factory=list)  # the k of pass@k and majority@k; empty: 1, 2, 4, … up to the rollouts
+    bootstrap_samples: int = 1000  # resamplings of the prompts behind the 95% confidence intervals; 0: no intervals
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutEngineKind, Routing, StageKind
+from prism_nemo.config.evaluation import check_pass_at_k
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import (
@@ -108,6 +109,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_rollout_engine(config.rollout)
     if isinstance(config, EvalConfig):
         _check_greedy(config.rollout)
+        check_pass_at_k(config)
     elif not isinstance(config, PairsConfig):
         _check_optimizer(config.optimizer, config.trainer, "optimizer")
         model = config.discriminator if isinstance(config, WarmupConfig) else config.model
