@@ -13,6 +13,7 @@ from prism_nemo.config.schema import (
     DigitsConfig,
     DiscriminatorConfig,
     EvalConfig,
+    MixtureSource,
     OptimizerConfig,
     PairsConfig,
     ParallelConfig,
@@ -89,7 +90,9 @@ RANGES: dict[type, dict[str, Range]] = {
         "adam_eps": POSITIVE,
         "clip_grad": NOT_NEGATIVE,
     },
+    MixtureSource: {"weight": POSITIVE},
     DataConfig: {
+        "index_above_mb": COUNT_OR_NONE,
         "max_prompt_length": COUNT,
         "max_response_length": COUNT,
         "image_min_pixels": COUNT,
@@ -149,5 +152,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         key = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, prefix=f"{key}.")
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                if dataclasses.is_dataclass(entry):
+                    check_ranges(entry, prefix=f"{key}.{name}.")
         elif field.name in ranges and value is not None and value not in ranges[field.name]:
             raise ConfigError(f"{key} is {value:g}", where=key, remedy=f"it must be {ranges[field.name]}")

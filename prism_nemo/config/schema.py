@@ -117,12 +117,26 @@ class OptimizerConfig:
 
 
 @dataclass
+class MixtureSource:
+    """One source of a mixture."""
+
+    path: str = MISSING  # as data.train
+    weight: float = 1.0  # of the records drawn, relative to the other sources' weights
+    image_root: str | None = None  # null: data.image_root
+    columns: dict[str, str] = field(default_factory=dict)  # empty: data.columns
+
+
+@dataclass
 class DataConfig:
     """Records, images, videos and their limits."""
 
-    train: str | None = None  # a .json, .jsonl or .parquet file of records
+    train: str | None = None  # a .json, .jsonl, .parquet or .tar file of records, a folder of them, or a pattern
+    mixture: dict[str, MixtureSource] = field(default_factory=dict)  # instead of train: NAME: {path, weight, image_root, columns}
     validation: str | None = None  # held-out records in the same formats; evaluation reads these
     image_root: str | None = None  # images and videos must lie below it; null: the folder of the data file
+    columns: dict[str, str] = field(default_factory=dict)  # other names for fields and roles: {messages: dialog, user_tag: human}
+    cache_dir: str | None = None  # for the indexes of large data; null: ~/.cache/prism_nemo
+    index_above_mb: int = 32  # data of more than so many MB is not read at the start, but record by record over an index
     system_prompt: str | None = None  # null: the prompt that asks for <caption>, <think>, <answer>
     max_prompt_length: int = 2048  # tokens, images and videos included
     max_response_length: int = 8192  # tokens
