@@ -68,6 +68,8 @@ def load_config(stage: str, overrides: Sequence[str] = (), *, config_file: Path 
     Raises ConfigError for an unknown key, a wrong type, a missing value, or a file that cannot be read.
     """
     config = compose(stage, overrides, config_file=config_file)
+    if stage != "pipeline" and config.data.mixture and OmegaConf.is_missing(config.data, "train"):
+        config.data.train = None  # a mixture stands in its place
     _require_values(stage, config)
     try:
         loaded = OmegaConf.to_object(config)

@@ -211,7 +211,7 @@ def test_all_missing_values_are_told_at_once() -> None:
     error = error_of("rlvr", "model.path=x")
     assert error.what.splitlines() == [
         "rlvr needs a value for",
-        "    data.train (str or null): a .json, .jsonl or .parquet file of records",
+        "    data.train (str or null): a .json, .jsonl, .parquet or .tar file of records, a folder of them, or a pattern",
         "    experiment.dir (str): the run directory: config, metrics, samples, checkpoints",
     ]
     assert error.remedy == "add data.train=VALUE experiment.dir=VALUE, or set it in a file given with --config"
