@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prism_nemo.config.enums import AlignReward
+
 EPS = 1e-6
 """Added to the standard deviation that scores are divided by."""
 
@@ -78,6 +80,47 @@ def prism_advantages(
         advantages += weight * _normalize(filled, groups, eps=EPS)
     advantages -= format_penalty * (~valid).double()
     return advantages.to(torch.promote_types(_result_dtype(perception), _result_dtype(reasoning)))
+
+
+def mixed_advantages(
+    alignment: Tensor,
+    valid: Tensor,
+    correct: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    reward: AlignReward,
+    alignment_weight: float = 1.0,
+    wrong_penalty: float = 1.0,
+    format_penalty: float = 1.5,
+) -> Tensor:
+    """The discriminator's advantage A together with verified answers, in one of three ways; W: valid and wrong, F: invalid.
+
+    gated                 `alignment_weight * A * [correct] - wrong_penalty * W - format_penalty * F`
+    verified_plus_gated   `GN(rewards) + alignment_weight * A * [correct]`
+    verified_plus_signed  `GN(rewards) + alignment_weight * A * s`, s = 1 where correct, -1 where wrong, 0 where invalid
+
+    alignment  float [batch]  `prism_advantages` with `format_penalty=0`
+    valid      bool  [batch]  the rollout has the response format
+    correct    bool  [batch]  its answer is the verified one; nothing that is not valid is correct
+    rewards    float [batch]  verifiable rewards, in which the format has its share
+    group_ids  integer [batch]
+    Returns float [batch] of alignment's type. Raises ValueError on unequal shapes and non-finite rewards, and for
+    `AlignReward.discriminator`, which mixes nothing.
+    """
+    if any(tensor.shape != alignment.shape for tensor in (valid, correct, rewards, group_ids)):
+        raise ValueError("alignment, valid, correct, rewards and group_ids must be [batch] with one length")
+    right = correct.bool() & valid.bool()
+    wrong = valid.bool() & ~right
+    if reward is AlignReward.gated:
+        gated = alignment_weight * alignment * right
+        return gated - wrong_penalty * wrong.to(alignment.dtype) - format_penalty * (~valid.bool()).to(alignment.dtype)
+    verified = group_normalize(rewards, group_ids).to(alignment.dtype)
+    if reward is AlignReward.verified_plus_gated:
+        return verified + alignment_weight * alignment * right
+    if reward is AlignReward.verified_plus_signed:
+        return verified + alignment_weight * alignment * (right.to(alignment.dtype) - wrong.to(alignment.dtype))
+    raise ValueError(f"{reward} mixes nothing")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from prism_nemo.config.enums import KLEstimator
+
 
 def kl_k1(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`log p - log q`."""
@@ -30,3 +32,10 @@ def kl_k3(log_p: Tensor, log_q: Tensor, *, max_log_ratio: float = math.inf) -> T
     """
     difference = (log_q - log_p).clamp(-max_log_ratio, max_log_ratio)
     return torch.expm1(difference) - difference
+
+
+def kl_estimate(log_p: Tensor, log_q: Tensor, estimator: KLEstimator, *, max_log_ratio: float) -> Tensor:
+    """The estimator of that name."""
+    if estimator is KLEstimator.k2:
+        return kl_k2(log_p, log_q)
+    return kl_k3(log_p, log_q, max_log_ratio=max_log_ratio)

@@ -2,7 +2,8 @@
 
 A token's ratio r is exp(log_prob - old_log_prob), or for GSPO that of its sequence, exp(mean_t(log_prob - old_log_prob)).
 Its loss is `-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`, bounded from above by `-dual_clip * A` where A < 0, plus
-`kl_coefficient * k3`. Losses are summed and divided by counts of the whole global batch, so that the result does not
+`kl_coefficient` times the estimated
+divergence from a reference policy. Losses are summed and divided by counts of the whole global batch, so that the result does not
 depend on how the batch is cut into micro-batches or spread over ranks: add the losses, do not average them.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_nemo.algorithms.kl import kl_k3
+from prism_nemo.algorithms.kl import kl_estimate, kl_k3
 from prism_nemo.algorithms.metrics import MetricSums, mean_of
 from prism_nemo.config.enums import Aggregation, RatioKind
 from prism_nemo.config.schema import PolicyLossConfig
@@ -76,7 +77,8 @@ def policy_loss(
 
     metrics = _metrics(log_probs.detach(), old_log_probs, ratio.detach(), advantages, parameters)
     if reference_log_probs is not None:
-        kl = kl_k3(log_probs, reference_log_probs.detach().to(dtype), max_log_ratio=parameters.max_log_ratio)
+        reference = reference_log_probs.detach().to(dtype)
+        kl = kl_estimate(log_probs, reference, parameters.kl_estimator, max_log_ratio=parameters.max_log_ratio)
         metrics["reference_kl"] = mean_of(kl)
         if parameters.kl_coefficient != 0:
             losses = losses + parameters.kl_coefficient * kl

@@ -50,6 +50,24 @@ class Aggregation(StrEnum):
     constant_length = "constant_length"  # Dr.GRPO: sum over tokens / (sequences * max response length)
 
 
+class KLEstimator(StrEnum):
+    k2 = "k2"  # d^2 / 2 with d = log reference - log policy: its gradient is that of the divergence, where samples are on-policy
+    k3 = "k3"  # exp(d) - 1 - d: what GRPO adds to its loss
+
+
+class RolloutCorrection(StrEnum):
+    none = "none"
+    token = "token"  # each token's probability ratio between trainer and sampler
+    sequence = "sequence"  # the whole response's, on each of its tokens
+
+
+class AlignReward(StrEnum):
+    discriminator = "discriminator"  # the discriminator alone (PRISM); no verified answers
+    gated = "gated"  # the discriminator on right answers only; wrong ones are pushed down
+    verified_plus_gated = "verified_plus_gated"  # RLVR's advantage, and the discriminator's on right answers
+    verified_plus_signed = "verified_plus_signed"  # the same, with the discriminator's reversed on wrong answers
+
+
 class RolloutEngineKind(StrEnum):
     megatron = "megatron"
     vllm = "vllm"

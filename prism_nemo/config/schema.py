@@ -14,15 +14,18 @@ from omegaconf import MISSING
 
 from prism_nemo.config.enums import (
     Aggregation,
+    AlignReward,
     Benchmark,
     DecayStyle,
     Device,
     DiscriminatorView,
     Fp8Recipe,
+    KLEstimator,
     Precision,
     RatioKind,
     RecomputeGranularity,
     RecomputeModule,
+    RolloutCorrection,
     RolloutEngineKind,
     Routing,
     StageKind,
@@ -187,7 +190,11 @@ class PolicyLossConfig:
     clip_high: float = 0.2  # and above 1 + clip_high
     dual_clip: float | None = None  # lower bound c of the surrogate where the advantage is negative
     aggregation: Aggregation = Aggregation.token_mean  # how token losses become one number, over the global batch
-    kl_coefficient: float = 0.0  # of the k3 divergence from the starting policy; the stages do not measure it yet: 0
+    kl_coefficient: float = 0.0  # of the divergence from the reference policy; 0: no reference is loaded
+    kl_estimator: KLEstimator = KLEstimator.k3  # of that divergence, per token
+    reference_path: str | None = None  # the reference policy; null: model.path, where the stage starts
+    rollout_correction: RolloutCorrection = RolloutCorrection.none  # weights for what sampler and trainer compute differently
+    correction_truncation: float = 2.0  # those weights are at most this
     max_log_ratio: float = 20.0  # log-ratios are clamped to +- this before exp
 
 
@@ -201,7 +208,11 @@ class AlignAlgorithmConfig:
     score_clip: float = 10.0  # bounds the scores that the policy sees, never the discriminator's gradient
     discriminator_steps_frozen: bool = False  # keep the discriminator as warm-up left it
     min_content_probe: float | None = None  # stop before training when the content probe is below it, or cannot be measured
+    reward: AlignReward = AlignReward.discriminator  # what advantages are made of; all but discriminator need verified answers
+    alignment_weight: float = 1.0  # of the discriminator's advantage beside verified answers
+    wrong_penalty: float = 1.0  # gated: taken off the advantage of a wrong answer
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)  # the clipped surrogate
+    num_mini_batches: int = 1  # optimizer steps on one batch of rollouts, each on its share of the prompts
 
 
 @dataclass
@@ -211,6 +222,12 @@ class RLVRAlgorithmConfig:
     name: str = "grpo"  # a label for logs and reports; conf/algorithm/ holds the published settings
     normalize_std: bool = True  # false: Dr.GRPO
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)  # the clipped surrogate
+    num_mini_batches: int = 1  # optimizer steps on one batch of rollouts, each on its share of the prompts
+    dynamic_sampling: bool = False  # groups whose answers are all right or all wrong are replaced by other prompts' (DAPO)
+    generation_batch_size: int | None = None  # prompts drawn at a time while a batch fills; null: trainer.global_batch_size
+    max_generation_batches: int = 10  # a batch that is not full after so many is an error
+    overlong_buffer_length: int = 0  # the last tokens of max_response_length, in which a response is penalised; 0: no penalty
+    overlong_penalty_factor: float = 1.0  # the penalty at max_response_length, off the reward
 
 
 @dataclass

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from prism_nemo.config.algorithms import check_algorithm
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
+from prism_nemo.config.data_files import check_data_files
 from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutEngineKind, Routing, StageKind
 from prism_nemo.config.evaluation import check_pass_at_k
 from prism_nemo.config.fp8 import check_layers
@@ -30,7 +31,6 @@ from prism_nemo.config.schema import (
     ParallelConfig,
     PipelineConfig,
     PipelineStage,
-    PolicyLossConfig,
     RLVRConfig,
     RolloutConfig,
     TrainerConfig,
@@ -38,7 +38,6 @@ from prism_nemo.config.schema import (
 )
 from prism_nemo.errors import ConfigError, LayoutError
 
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 EXP_MANAGER = "experiment.nemo_exp_manager"
 EXP_MANAGER_KEYS = (
     "explicit_log_dir",
@@ -76,7 +75,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         _check_pipeline(config, world_size)
         return
     _check_settings(config, world_size)
-    _check_data_files(config)
+    check_data_files(config)
     check_models(config)
 
 
@@ -101,8 +100,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         check_layers(config.discriminator, config.runtime.device, "discriminator")
         _check_discriminator(config.discriminator)
     if isinstance(config, AlignConfig | RLVRConfig):
-        _check_group(config.rollout)
-        _check_policy_loss(config.algorithm.policy_loss)
+        check_algorithm(config)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig):
         _check_sampling(config.rollout)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig):
@@ -233,24 +231,6 @@ def _check_discriminator(discriminator: DiscriminatorConfig) -> None:
         )
 
 
-def _check_group(rollout: RolloutConfig) -> None:
-    if rollout.num_rollouts_per_prompt < 2:
-        raise ConfigError(
-            "advantages compare the responses to one prompt, and there is one response",
-            where="rollout.num_rollouts_per_prompt",
-            remedy="use at least 2; the paper uses 16",
-        )
-
-
-def _check_policy_loss(policy_loss: PolicyLossConfig) -> None:
-    if policy_loss.kl_coefficient > 0:
-        raise ConfigError(
-            "the divergence from the starting policy is not measured in this release",
-            where="algorithm.policy_loss.kl_coefficient",
-            remedy="set it to 0",
-        )
-
-
 def _check_sampling(rollout: RolloutConfig) -> None:
     if rollout.temperature <= 0:
         raise ConfigError(
@@ -296,24 +276,6 @@ def _check_probe_gate(config: AlignConfig) -> None:
             where="algorithm.min_content_probe, data.validation",
             remedy="set data.validation=FILE, or algorithm.min_content_probe=null",
         )
-
-
-def _check_data_files(config: StageConfig) -> None:
-    data = config.data
-    key, required = ("validation", data.validation) if isinstance(config, EvalConfig) else ("train", data.train)
-    if required is None:
-        raise ConfigError("there is no data file", where=f"data.{key}", remedy=f"set data.{key}=FILE")
-    for key, name in (("data.train", data.train), ("data.validation", data.validation)):
-        if name is None:
-            continue
-        if Path(name).suffix.lower() not in DATA_SUFFIXES:
-            raise ConfigError(
-                f"`{name}` is not a data file", where=key, remedy=f"use one that ends in {', '.join(DATA_SUFFIXES)}"
-            )
-        if not Path(name).is_file():
-            raise ConfigError("the data file does not exist", where=f"{key}: {name}", remedy="check the path")
-    if data.image_root is not None and not Path(data.image_root).is_dir():
-        raise ConfigError("the image folder does not exist", where=f"data.image_root: {data.image_root}", remedy="check the path")
 
 
 def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:

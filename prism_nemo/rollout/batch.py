@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ class RolloutBatch:
             result.append(None if truth is None else parsed is not None and parsed.caption.split() == truth.split())
         return result
 
+    def select(self, prompts: Sequence[int]) -> RolloutBatch:
+        """The batch of these prompts alone, in the order given."""
+        members = [[index for index, r in enumerate(self.rollouts) if r.prompt_index == prompt] for prompt in prompts]
+        order = [index for group in members for index in group]
+        place = {prompt: new for new, prompt in enumerate(prompts)}
+        return RolloutBatch(
+            records=[self.records[prompt] for prompt in prompts],
+            prompts=[self.prompts[prompt] for prompt in prompts],
+            rollouts=[replace(self.rollouts[i], prompt_index=place[self.rollouts[i].prompt_index]) for i in order],
+            texts=[self.texts[i] for i in order],
+            rewards=[self.rewards[i] for i in order],
+        )
+
     def metrics(self) -> MetricSums:
         """Accuracy, caption accuracy and format rate, lengths, and how responses ended."""
         known = [value for value in self.correct if value is not None]
@@ -90,6 +104,22 @@ class RolloutBatch:
             }
             for index in range(min(count, len(self.texts)))
         ]
+
+
+def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
+    """The batches' prompts with their rollouts, one batch behind the other."""
+    offsets = list(accumulate((len(batch.prompts) for batch in batches), initial=0))
+    return RolloutBatch(
+        records=[record for batch in batches for record in batch.records],
+        prompts=[prompt for batch in batches for prompt in batch.prompts],
+        rollouts=[
+            replace(rollout, prompt_index=rollout.prompt_index + offset)
+            for batch, offset in zip(batches, offsets, strict=False)
+            for rollout in batch.rollouts
+        ],
+        texts=[text for batch in batches for text in batch.texts],
+        rewards=[reward for batch in batches for reward in batch.rewards],
+    )
 
 
 def sampling_params(config: RolloutConfig, encoder: ChatEncoder) -> SamplingParams:

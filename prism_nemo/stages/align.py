@@ -14,10 +14,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from prism_nemo.algorithms.advantages import prism_advantages
+from prism_nemo.algorithms.advantages import mixed_advantages, prism_advantages
 from prism_nemo.algorithms.metrics import mean_of
+from prism_nemo.config.enums import AlignReward
 from prism_nemo.config.layout import discriminator_layout
 from prism_nemo.config.schema import AlignConfig
 from prism_nemo.config.validate import validate
@@ -40,7 +42,7 @@ from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 from prism_nemo.stages.crossing import Crossing, Scores
 from prism_nemo.stages.loop import StageLoop
-from prism_nemo.stages.policy_batch import policy_batch
+from prism_nemo.stages.policy_update import PolicyUpdate
 from prism_nemo.stages.probe import ContentProbe
 
 
@@ -70,7 +72,9 @@ class AlignTrainer:
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
         engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
-        self.stream = open_stream(config, self.encode, required=("response",))
+        self.policy_update = PolicyUpdate(self.policy, config)
+        verified = config.algorithm.reward is not AlignReward.discriminator
+        self.stream = open_stream(config, self.encode, required=("response", "answer") if verified else ("response",))
         self.probe = ContentProbe(self.discriminator, self.encoder, config, own_runtime)
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
@@ -146,14 +150,29 @@ class AlignTrainer:
     def advantages(self, rollouts: RolloutBatch, scores: Scores) -> Tensor:
         """fp32 [B], from the group-normalised scores of both segments; an invalid rollout is pushed down."""
         algorithm = self.config.algorithm
+        alone = algorithm.reward is AlignReward.discriminator
         student = scores.student_scores.clamp(-algorithm.score_clip, algorithm.score_clip)
-        return prism_advantages(
+        alignment = prism_advantages(
             student[:, 0],
             student[:, -1],  # with one score for the whole response, the same one
             scores.compared,
             rollouts.group_ids,
             perception_weight=algorithm.perception_weight,
             reasoning_weight=algorithm.reasoning_weight,
+            format_penalty=algorithm.format_penalty if alone else 0.0,
+        )
+        if alone:
+            return alignment
+        rewards = [reward for reward in rollouts.rewards if reward is not None]  # every record has an answer
+        return mixed_advantages(
+            alignment,
+            scores.compared,
+            torch.tensor([reward.accuracy == 1.0 for reward in rewards], dtype=torch.bool),
+            torch.tensor([reward.score for reward in rewards]),
+            rollouts.group_ids,
+            reward=algorithm.reward,
+            alignment_weight=algorithm.alignment_weight,
+            wrong_penalty=algorithm.wrong_penalty,
             format_penalty=algorithm.format_penalty,
         )
 
@@ -164,20 +183,8 @@ class AlignTrainer:
             self.loop.guard(False, "a score", ids)
             return {}
         advantages = self.advantages(rollouts, scores)
-        batch = policy_batch(
-            rollouts,
-            advantages,
-            self.config.algorithm.policy_loss,
-            self.runtime,
-            max_tokens=self.config.trainer.max_tokens_per_row,
-            max_response_length=self.config.data.max_response_length,
-        )
-        self.policy.prepare_for_training_step()
-        loss, metrics = self.policy.get_loss_and_metrics(batch, forward_only=False)
-        self.policy.finish_training_step()
-        policy_step = self.policy.optimizer_step(step)
-        applied = policy_step.applied
-        result = {"loss": loss, **metrics, "grad_norm": policy_step.grad_norm, "learning_rate": policy_step.learning_rate}
+        update = self.policy_update.run(step, rollouts, advantages)
+        applied, result = update.applied, update.metrics
         if not self.config.algorithm.discriminator_steps_frozen:
             self.discriminator.finish_training_step()
             discriminator_step = self.discriminator.optimizer_step(step)

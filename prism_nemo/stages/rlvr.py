@@ -2,8 +2,8 @@
 
     prism-nemo rlvr algorithm=grpo model.path=runs/align data.train=prompts.jsonl experiment.dir=runs/rlvr
 
-One step: sample a group of rollouts for every prompt, reward each against the verified answer, normalise within the group,
-update.
+One step: sample a group of rollouts for every prompt and reward each against the verified answer, with dynamic sampling until
+there are enough groups that teach something; normalise within the group; update, once or in several mini-batches.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prism_nemo.algorithms.advantages import grpo_advantages
 from prism_nemo.algorithms.metrics import MetricSums, mean_of
@@ -26,10 +27,13 @@ from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rewards.grader import Grader
+from prism_nemo.rewards.overlong import overlong_penalty
 from prism_nemo.rollout.base import build_engine
+from prism_nemo.rollout.batch import RolloutBatch
+from prism_nemo.rollout.groups import GroupSampler
 from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.stages.loop import StageLoop
-from prism_nemo.stages.policy_batch import policy_batch
+from prism_nemo.stages.policy_update import PolicyUpdate
 
 
 class RLVRTrainer:
@@ -46,7 +50,10 @@ class RLVRTrainer:
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
         engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
+        self.groups = GroupSampler(self.sampler, config)
+        self.policy_update = PolicyUpdate(self.policy, config)
         self.stream = open_stream(config, self.encode, required=("answer",))
+        self.stream.batch_size = self.groups.generation_batch_size
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
     def encode(self, record: Record) -> EncodedPrompt:
@@ -57,37 +64,36 @@ class RLVRTrainer:
     def fit(self) -> None:
         self.policy.prepare_for_training()
         for step in self.loop.steps(self):
-            prompts = self.loop.next_batch(self.stream)
-
             with self.loop.timed("rollout"):
                 self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
-                rollouts = self.sampler.sample(prompts, self.config.rollout, step=step)
-            scores = torch.tensor([reward.score for reward in rollouts.rewards if reward is not None])
+                sampled = self.groups.sample(lambda: self.loop.next_batch(self.stream), step=step)
+            rollouts = sampled.rollouts
+            scores = self.scores(rollouts)
             advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
-            batch = policy_batch(
-                rollouts,
-                advantages,
-                self.config.algorithm.policy_loss,
-                self.runtime,
-                max_tokens=self.config.trainer.max_tokens_per_row,
-                max_response_length=self.config.data.max_response_length,
-            )
 
             with self.loop.timed("policy"):
-                self.policy.prepare_for_training_step()
-                loss, metrics = self.policy.get_loss_and_metrics(batch, forward_only=False)
-                self.policy.finish_training_step()
-                update = self.policy.optimizer_step(step)
+                update = self.policy_update.run(step, rollouts, advantages)
 
-            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in prompts])
-            sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **rollouts.metrics()}
-            measured = reduce_metrics(sums, self.runtime)
-            rates = {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+            self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
+            sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
             self.loop.end_step(
-                {"loss": loss, **metrics, **measured, **rates},
+                {**update.metrics, **reduce_metrics(sums, self.runtime)},
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
             )
         self.policy.finish_training()
+
+    def scores(self, rollouts: RolloutBatch) -> Tensor:
+        """fp32 [B]: the rewards, less what responses near the length limit lose."""
+        scores = torch.tensor([reward.score for reward in rollouts.rewards if reward is not None])  # every record has an answer
+        algorithm = self.config.algorithm
+        if not algorithm.overlong_buffer_length:
+            return scores
+        return scores + overlong_penalty(
+            rollouts.lengths,
+            max_response_length=self.config.data.max_response_length,
+            buffer_length=algorithm.overlong_buffer_length,
+            factor=algorithm.overlong_penalty_factor,
+        )
 
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts; nothing without a validation file."""

@@ -28,7 +28,7 @@ from prism_nemo.run_directory import read_json_lines
 from prism_nemo.stages.align import AlignTrainer
 from prism_nemo.stages.comparisons import ComparisonBatch
 from prism_nemo.stages.crossing import Scores
-from prism_nemo.stages.policy_batch import policy_batch
+from prism_nemo.stages.policy_batch import policy_batch, policy_rows
 
 KINDS = (SegmentKind.PERCEPTION, SegmentKind.REASONING)
 
@@ -57,11 +57,11 @@ class Step:
     def policy_batch(self, game: Scores, old_log_probs: Sequence[Tensor] | None = None) -> TrainingBatch:
         config = self.trainer.config
         return policy_batch(
+            policy_rows(self.rollouts, max_tokens=config.trainer.max_tokens_per_row, runtime=self.trainer.runtime),
             self.rollouts,
             self.trainer.advantages(self.rollouts, game),
             config.algorithm.policy_loss,
             self.trainer.runtime,
-            max_tokens=config.trainer.max_tokens_per_row,
             max_response_length=config.data.max_response_length,
             old_log_probs=old_log_probs,
         )

@@ -368,7 +368,7 @@ def test_data_files_that_are_none(place: Path) -> None:
     error = error_of("sft", place, f"data.validation={place / 'none.json'}")
     assert (error.what, error.where) == ("the data file does not exist", f"data.validation: {place / 'none.json'}")
     error = error_of("sft", place, "data.train=data.csv")
-    assert (error.what, error.remedy) == ("`data.csv` is not a data file", "use one that ends in .json, .jsonl, .parquet")
+    assert (error.what, error.remedy) == ("`data.csv` is not a data file", "use one that ends in .json, .jsonl, .parquet, .tar")
     error = error_of("eval", place, "data.validation=null")
     assert (error.what, error.where) == ("there is no data file", "data.validation")
     error = error_of("sft", place, f"data.image_root={place / 'images'}")
@@ -452,8 +452,22 @@ def test_validation_without_records(place: Path) -> None:
             "dedicated routing tells perception from reasoning",
             "discriminator.routing, discriminator.view",
         ),
-        ("align", ["algorithm.policy_loss.kl_coefficient=0.1"], "the divergence from", "algorithm.policy_loss.kl_coefficient"),
-        ("rlvr", ["algorithm.policy_loss.kl_coefficient=1e-3"], "the divergence from", "algorithm.policy_loss.kl_coefficient"),
+        (
+            "align",
+            ["algorithm.policy_loss.reference_path=x"],
+            "a reference policy is named",
+            "algorithm.policy_loss.reference_path",
+        ),
+        ("align", ["algorithm.num_mini_batches=3"], "4 prompts do not divide", "algorithm.num_mini_batches"),
+        ("rlvr", ["algorithm.num_mini_batches=5"], "32 prompts do not divide", "algorithm.num_mini_batches"),
+        ("rlvr", ["algorithm.generation_batch_size=8"], "without dynamic sampling", "algorithm.generation_batch_size"),
+        (
+            "rlvr",
+            ["algorithm=dapo", "algorithm.generation_batch_size=2"],
+            "10 generation batches hold 20 prompts",
+            "algorithm.generation_batch_size",
+        ),
+        ("rlvr", ["algorithm=dapo", "data.max_response_length=4000"], "the last 4096 tokens", "algorithm.overlong_buffer_length"),
         ("sft", ["optimizer.cpu_offload=true", "model.precision=fp32"], "the optimizer of an fp32", "optimizer.cpu_offload"),
         (
             "align",

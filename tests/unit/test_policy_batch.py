@@ -53,12 +53,13 @@ def policy() -> PolicyModel:
 def run(
     policy: PolicyModel, parameters: PolicyLossConfig, budget: str, old: Sequence[Tensor] | None = None
 ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+    rollouts = make_batch()
     batch = policy_batch(
-        make_batch(),
+        policy_rows(rollouts, max_tokens=BUDGETS[budget], runtime=one_rank()),
+        rollouts,
         ADVANTAGES,
         parameters,
         one_rank(),
-        max_tokens=BUDGETS[budget],
         max_response_length=MAX_RESPONSE,
         old_log_probs=old,
     )
@@ -164,9 +165,10 @@ def test_the_trainers_distribution_is_the_samplers(policy: PolicyModel) -> None:
 
 
 def test_zero_advantages_give_no_gradient(policy: PolicyModel) -> None:
-    batch = policy_batch(
-        make_batch(), torch.zeros(NUM_ROLLOUTS), PolicyLossConfig(), one_rank(), max_tokens=1000, max_response_length=MAX_RESPONSE
-    )
+    rollouts = make_batch()
+    rows = policy_rows(rollouts, max_tokens=1000, runtime=one_rank())
+    advantages = torch.zeros(NUM_ROLLOUTS)
+    batch = policy_batch(rows, rollouts, advantages, PolicyLossConfig(), one_rank(), max_response_length=MAX_RESPONSE)
     policy.prepare_for_training_step()
     loss, _ = policy.get_loss_and_metrics(batch, forward_only=False)
     assert loss == 0
@@ -174,7 +176,8 @@ def test_zero_advantages_give_no_gradient(policy: PolicyModel) -> None:
 
 
 def test_a_rank_without_prompts(policy: PolicyModel) -> None:
-    empty = replace(make_batch(), records=[], prompts=[], rollouts=[], texts=[])
-    batch = policy_batch(empty, torch.zeros(0), PolicyLossConfig(), one_rank(), max_tokens=1000, max_response_length=MAX_RESPONSE)
+    empty = replace(make_batch(), records=[], prompts=[], rollouts=[], texts=[], rewards=[])
+    rows = policy_rows(empty, max_tokens=1000, runtime=one_rank())
+    batch = policy_batch(rows, empty, torch.zeros(0), PolicyLossConfig(), one_rank(), max_response_length=MAX_RESPONSE)
     assert list(batch.rows) == []
     assert policy.get_loss_and_metrics(batch, forward_only=False) == (0.0, {})

@@ -1,0 +1,162 @@
+"""The groups of rollouts that a step trains on: those of one batch of prompts, or with DAPO only groups that have a signal.
+
+A group has a signal when its answers are not all equally right: then its advantages are not all zero. Dynamic sampling replaces
+the others by groups of further prompts until the batch is full. While one generation batch is graded in the background the next
+is sampled, as long as it is clear from the share of signals so far that it will be needed. What is drawn and kept depends on
+counts over all ranks alone, never on time or on how prompts lie on ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prism_nemo.algorithms.metrics import MetricSums, merge
+from prism_nemo.config.schema import RLVRConfig
+from prism_nemo.engine.runtime import Runtime
+from prism_nemo.errors import DataError
+from prism_nemo.rollout.base import rollout_seed
+from prism_nemo.rollout.batch import RolloutBatch, join
+from prism_nemo.rollout.sampler import PendingRollouts, Prompts, Sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """This data-parallel rank's rollouts to train on, and measures of all rollouts that were sampled for them."""
+
+    rollouts: RolloutBatch
+    metrics: MetricSums
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a group with a signal is; groups are in the order of generation batch and key, the same at any number of ranks."""
+
+    generation_batch: int
+    key: int
+    data_parallel_rank: int
+    index: int  # among the rank's groups of that generation batch
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        return self.generation_batch, self.key, self.data_parallel_rank, self.index
+
+
+@dataclass(eq=False)
+class _Filling:
+    """A batch while it fills."""
+
+    kept: list[_Place] = field(default_factory=list)
+    mine: dict[_Place, RolloutBatch] = field(default_factory=dict)
+    pending: deque[PendingRollouts] = field(default_factory=deque)
+    drawn: int = 0  # generation batches
+    graded: int = 0  # groups
+    all_right: int = 0
+    metrics: MetricSums = field(default_factory=dict)
+
+
+class GroupSampler:
+    """Samples a step's groups as `config.algorithm` asks."""
+
+    def __init__(self, sampler: Sampler, config: RLVRConfig) -> None:
+        self.sampler = sampler
+        self.runtime: Runtime = sampler.runtime
+        self.rollout = config.rollout
+        self.algorithm = config.algorithm
+        self.needed = config.trainer.global_batch_size
+        self.generation_batch_size = config.algorithm.generation_batch_size or self.needed
+
+    def sample(self, draw: Callable[[], Prompts], *, step: int) -> Sampled:
+        """`draw` gives this rank's prompts of the next generation batch. A collective.
+
+        Raises DataError when dynamic sampling has drawn `max_generation_batches` and not found enough groups with a signal.
+        """
+        if not self.algorithm.dynamic_sampling:
+            rollouts = self.sampler.sample(draw(), self.rollout, step=step)
+            signals = [has_signal(rollouts, prompt) for prompt in range(len(rollouts.prompts))]
+            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": (float(sum(signals)), float(len(signals)))})
+        filling = _Filling()
+        while True:
+            if filling.drawn < self.algorithm.max_generation_batches and self._expected(filling) < self.needed:
+                batch = self.sampler.begin(draw(), self.rollout, step=step, attempt=filling.drawn)
+                filling.pending.append(batch)
+                filling.drawn += 1
+            elif filling.pending:
+                self._collect(filling, step)
+            else:
+                break
+        if len(filling.kept) < self.needed:
+            raise self._exhausted(filling)
+        return self._finish(filling)
+
+    def _expected(self, filling: _Filling) -> float:
+        """Groups with a signal once all that is pending is graded, by the share so far; at first all are taken to have one."""
+        share = len(filling.kept) / filling.graded if filling.graded else 1.0
+        return len(filling.kept) + share * self.generation_batch_size * len(filling.pending)
+
+    def _collect(self, filling: _Filling, step: int) -> None:
+        """Takes the oldest pending rollouts in, on every rank."""
+        number = filling.drawn - len(filling.pending)
+        rollouts = filling.pending.popleft().result()
+        filling.metrics = merge(filling.metrics, rollouts.metrics())
+        groups = range(len(rollouts.prompts))
+        mine = [
+            _Place(number, rollout_seed(0, step, rollouts.records[group].id, 0), self.runtime.data_parallel_rank, group)
+            for group in groups
+            if has_signal(rollouts, group)
+        ]
+        filling.mine |= {place: rollouts.select([place.index]) for place in mine}
+        all_right = sum(min(_accuracies(rollouts, group)) == 1.0 for group in groups)
+        for places, count, right in self.runtime.gather_objects((mine, len(groups), all_right)):
+            filling.kept += places
+            filling.graded += count
+            filling.all_right += right
+
+    def _finish(self, filling: _Filling) -> Sampled:
+        """The first groups in order, dealt to the ranks in turn, so that all have equally many."""
+        chosen = sorted(filling.kept, key=lambda place: place.order)[: self.needed]
+        size = self.runtime.data_parallel_size
+        counted = 1.0 if self.runtime.data_parallel_rank == 0 else 0.0  # the counts are of all ranks, and sums are over ranks
+        metrics: MetricSums = {
+            **filling.metrics,
+            "groups_with_signal": (counted * len(filling.kept), counted * filling.graded),
+            "dynamic_sampling/generation_batches": (counted * filling.drawn, counted),
+            "dynamic_sampling/surplus_groups": (counted * (len(filling.kept) - self.needed), counted),
+            "dynamic_sampling/all_right": (counted * filling.all_right, counted * filling.graded),
+        }
+        if size == 1:
+            return Sampled(join([filling.mine[place] for place in chosen]), metrics)
+        peers = self.runtime.gather_objects(self.runtime.rank)  # the processes that hold the same part of the model
+        outgoing: list[dict[int, RolloutBatch]] = [{} for _ in range(self.runtime.world_size)]
+        for position, place in enumerate(chosen):
+            if place.data_parallel_rank == self.runtime.data_parallel_rank:
+                outgoing[peers[position % size]][position] = filling.mine[place]
+        arrived: dict[int, RolloutBatch] = {}
+        for part in self.runtime.exchange_objects(outgoing):
+            arrived |= part
+        return Sampled(join([arrived[position] for position in sorted(arrived)]), metrics)
+
+    def _exhausted(self, filling: _Filling) -> DataError:
+        algorithm = self.algorithm
+        none_right = filling.graded - len(filling.kept) - filling.all_right
+        easier = none_right >= filling.all_right
+        return DataError(
+            f"{filling.drawn} generation batches of {self.generation_batch_size} prompts gave {len(filling.kept)} groups with a "
+            f"signal, a step needs {self.needed}; of {filling.graded} groups {filling.all_right} were all right and {none_right} "
+            "without a difference otherwise, mostly all wrong",
+            where="algorithm.dynamic_sampling",
+            remedy=f"train on {'easier' if easier else 'harder'} prompts, raise rollout.num_rollouts_per_prompt (now "
+            f"{self.rollout.num_rollouts_per_prompt}), lower trainer.global_batch_size, raise algorithm.max_generation_batches "
+            f"(now {algorithm.max_generation_batches}), or set algorithm.dynamic_sampling=false",
+        )
+
+
+def has_signal(rollouts: RolloutBatch, prompt: int) -> bool:
+    """Whether the answers to a prompt are not all equally right."""
+    return len(set(_accuracies(rollouts, prompt))) > 1
+
+
+def _accuracies(rollouts: RolloutBatch, prompt: int) -> list[float]:
+    members = zip(rollouts.rollouts, rollouts.rewards, strict=True)
+    return [reward.accuracy for rollout, reward in members if rollout.prompt_index == prompt and reward is not None]
