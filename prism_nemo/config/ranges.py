@@ -148,7 +148,14 @@ RANGES: dict[type, dict[str, Range]] = {
         "overlong_buffer_length": COUNT_OR_NONE,
         "overlong_penalty_factor": NOT_NEGATIVE,
     },
-    RewardConfig: {"accuracy_weight": NOT_NEGATIVE, "format_weight": NOT_NEGATIVE},
+    RewardConfig: {
+        "accuracy_weight": NOT_NEGATIVE,
+        "format_weight": NOT_NEGATIVE,
+        "num_workers": COUNT,
+        "time_limit_seconds": POSITIVE,
+        "memory_limit_mb": Range(256),  # a worker itself takes about 100
+        "cache_size": COUNT_OR_NONE,
+    },
     EvalConfig: {"limit_samples": COUNT, "bootstrap_samples": COUNT_OR_NONE},
     PairsConfig: {"limit_samples": COUNT},
     DigitsConfig: {"num_public": COUNT, "num_teacher": COUNT, "num_prompts": COUNT, "num_test": COUNT},

@@ -234,9 +234,13 @@ class RLVRAlgorithmConfig:
 class RewardConfig:
     """reward = accuracy_weight * correct + format_weight * valid format; 0 when the format is invalid."""
 
-    name: str = "exact"  # one of prism_nemo.rewards.registry
+    name: str = "answer"  # the verified answer's; or a function of your own, package.module:function (docs/rewards.md)
     accuracy_weight: float = 0.8  # of a correct answer
     format_weight: float = 0.2  # of a valid response
+    num_workers: int = 2  # processes that decide what needs computer algebra; they start when first needed
+    time_limit_seconds: float = 1.0  # processor time for one answer; what takes longer is not equal
+    memory_limit_mb: int = 1024  # address space of one such process
+    cache_size: int = 100_000  # decisions of theirs that are remembered
 
 
 @dataclass

@@ -23,10 +23,16 @@ answer, and a time limit would make the reward depend on the machine's load.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
 from prism_nemo.errors import DataError
+from prism_nemo.rewards.question import AnswerKind, Question
+
+__all__ = ["MAX_ANSWER_CHARACTERS", "AnswerKind", "Question", "answers_match", "check_truth", "decide", "decide_by_rules"]
+
+SameExpression = Callable[[str, str], bool]
 
 MAX_ANSWER_CHARACTERS = 1000
 """Longer answers match nothing; a longer truth is an error."""
@@ -94,6 +100,19 @@ def check_truth(truth: str) -> str:
             remedy=f"give every record an answer of 1 to {MAX_ANSWER_CHARACTERS} characters",
         )
     return wanted
+
+
+def decide(question: Question, same_expression: SameExpression) -> bool:
+    """Whether the answer is right, asking `same_expression` where algebra must tell. Raises DataError as `check_truth` does."""
+    truths = (question.truth, *question.equivalent_answers)
+    return any(answers_match(question.given, truth) or same_expression(question.given, truth) for truth in truths)
+
+
+def decide_by_rules(question: Question) -> bool | None:
+    """The same without algebra: None where it must tell."""
+    if any(answers_match(question.given, truth) for truth in (question.truth, *question.equivalent_answers)):
+        return True
+    return None if _EXPRESSION.search(question.truth) else False
 
 
 @dataclass(frozen=True)

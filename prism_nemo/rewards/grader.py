@@ -7,7 +7,11 @@ from types import TracebackType
 
 from prism_nemo.config.schema import RewardConfig
 from prism_nemo.data.records import Record
-from prism_nemo.rewards.registry import Reward, reward_function, rewards_of
+from prism_nemo.errors import DataError
+from prism_nemo.rewards.format import parse_response
+from prism_nemo.rewards.question import AnswerKind, Question
+from prism_nemo.rewards.registry import Reward, custom_reward, reward_function
+from prism_nemo.rewards.verifier import Verifier
 
 
 class Grader:
@@ -17,22 +21,67 @@ class Grader:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        reward_function(config.name)
         self.config = config
+        self._custom = reward_function(config.name)
+        self._verifier = Verifier(config)
 
     def __enter__(self) -> Grader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._verifier.__exit__(kind, error, traceback)
 
     def grade(self, responses: Sequence[str], records: Sequence[Record]) -> list[Reward | None]:
-        """What each response earns against its record's verified answer; None where the record has none."""
-        verified = [index for index, record in enumerate(records) if record.answer is not None]
-        answers = [records[index].answer or "" for index in verified]
-        rewards = rewards_of([responses[index] for index in verified], answers, self.config)
-        result: list[Reward | None] = [None] * len(responses)
-        for index, reward in zip(verified, rewards, strict=True):
-            result[index] = reward
-        return result
+        """What each response earns against its record's verified answer; None where the record has none.
+
+        Raises DataError, naming the record, for an unverifiable answer, an unknown kind, and a custom reward that fails.
+        """
+        questions: dict[int, Question] = {}  # by response, where there is something to decide
+        for index, (response, record) in enumerate(zip(responses, records, strict=True)):
+            parsed = parse_response(response)
+            if record.answer is not None and parsed is not None:
+                questions[index] = _question(parsed.answer, record)
+        verdicts = dict(zip(questions, self._verifier.verdicts(list(questions.values())), strict=True))
+        return [
+            None if record.answer is None else self._reward(response, record, verdicts.get(index))
+            for index, (response, record) in enumerate(zip(responses, records, strict=True))
+        ]
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Sum and count of each metric, as shares of the answers graded since the last call; the names never change."""
+        counts = self._verifier.take_counts()
+        shares = {
+            "symbolic": counts.symbolic,
+            "cache_hits": counts.cache_hits,
+            "timeouts": counts.timeouts,
+            "crashes": counts.crashes,
+        }
+        return {f"rewards/{name}": (float(share), float(counts.graded)) for name, share in shares.items()}
+
+    def _reward(self, response: str, record: Record, correct: bool | None) -> Reward:
+        """`correct` is None when the format is invalid."""
+        if correct is None:
+            measured = Reward(score=0.0, accuracy=0.0, format=0.0)
+        else:
+            measured = measured_reward(correct, self.config)
+        if self._custom is None:
+            return measured
+        return custom_reward(self.config.name, self._custom, response, record, measured)
+
+
+def measured_reward(correct: bool, config: RewardConfig) -> Reward:
+    """What a response of valid format earns: `accuracy_weight * accuracy + format_weight`."""
+    accuracy = float(correct)
+    return Reward(score=config.accuracy_weight * accuracy + config.format_weight, accuracy=accuracy, format=1.0)
+
+
+def _question(given: str, record: Record) -> Question:
+    try:
+        kind = None if record.answer_kind is None else AnswerKind(record.answer_kind)
+    except ValueError:
+        raise DataError(
+            f"there is no kind of answer named {record.answer_kind!r}",
+            where=f"record {record.id}",
+            remedy="choose one of " + ", ".join(kind.value for kind in AnswerKind),
+        ) from None
+    return Question(given=given, truth=record.answer or "", equivalent_answers=record.equivalent_answers, kind=kind)
