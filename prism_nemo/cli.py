@@ -62,6 +62,12 @@ STAGES = {
         "answer and caption accuracy and format rate on held-out records",
         "model.path=ALIGNED data.validation=test.jsonl experiment.dir=runs/eval rollout.temperature=0",
     ),
+    "curate": Stage(
+        "prism_nemo.stages.curate",
+        "ask a teacher endpoint for demonstrations where the policy fails, and keep the right ones",
+        "model.path=runs/sft data.train=prompts.jsonl teacher.base_url=https://host/v1 teacher.model=NAME teacher.api_key_env=KEY"
+        " experiment.dir=runs/curated",
+    ),
     "pipeline": Stage(
         "prism_nemo.stages.pipeline",
         "several stages, each from the output of an earlier one",
@@ -76,6 +82,9 @@ Post-trains Qwen3-VL: SFT, adversarial alignment (PRISM), RLVR.
 
 training
 {{training}}
+
+data
+{{data}}
 
 before a job
   plan             whether a model, stage and layout fit a cluster, and which layout is quickest
@@ -209,7 +218,8 @@ def _help() -> str:
         return "\n".join(f"  {name:<16} {STAGES[name].summary}" for name in names)
 
     return HELP.format(
-        training=lines("sft", "pairs", "warmup", "align", "rlvr", "pipeline"),
+        training=lines("sft", "warmup", "align", "rlvr", "pipeline"),
+        data=lines("pairs", "curate"),
         evaluation=f"{lines('eval')}\n  {'report RUN_DIR':<16} tables and curves of a run directory",
     )
 

@@ -36,11 +36,30 @@ LAYOUT_KEYS = (  # but not use_distributed_optimizer, which stores its state in 
     "recompute_modules",
     "sequence_parallel",
 )
+ENDPOINT_KEYS = (  # not what makes an answer another one
+    "base_url",
+    "api_key_env",
+    "allow_http",
+    "max_concurrency",
+    "timeout_seconds",
+    "max_attempts",
+    "backoff_seconds",
+    "max_response_bytes",
+    "max_requests",
+    "max_prompt_tokens",
+    "max_completion_tokens",
+    "max_cost",
+    "prompt_price",
+    "completion_price",
+    "cache_dir",
+    "cache_as",
+)
 # Keys that may change when a run is resumed: how far it goes, how often it reports, on how many ranks it runs. All others make
 # another run of it.
 MAY_DIFFER = (
     "experiment",
     *(f"{section}.{key}" for section in ("parallel", "discriminator_parallel") for key in LAYOUT_KEYS),
+    *(f"{section}.{key}" for section in ("teacher", "reward.judge") for key in ENDPOINT_KEYS),
     "runtime.device",
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",

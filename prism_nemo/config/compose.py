@@ -33,6 +33,7 @@ from prism_nemo.config.layers import (
 )
 from prism_nemo.config.schema import (
     AlignConfig,
+    CurateConfig,
     EvalConfig,
     PairsConfig,
     PipelineConfig,
@@ -43,7 +44,7 @@ from prism_nemo.config.schema import (
 )
 from prism_nemo.errors import ConfigError
 
-StageConfig = SFTConfig | PairsConfig | WarmupConfig | AlignConfig | RLVRConfig | EvalConfig
+StageConfig = SFTConfig | PairsConfig | WarmupConfig | AlignConfig | RLVRConfig | EvalConfig | CurateConfig
 Config = StageConfig | PipelineConfig
 
 SCHEMAS: dict[str, type] = {
@@ -53,6 +54,7 @@ SCHEMAS: dict[str, type] = {
     "align": AlignConfig,
     "rlvr": RLVRConfig,
     "eval": EvalConfig,
+    "curate": CurateConfig,
     "pipeline": PipelineConfig,
 }
 

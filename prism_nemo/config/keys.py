@@ -7,6 +7,7 @@ import difflib
 import inspect
 import io
 import math
+import sys
 import tokenize
 import types
 from collections.abc import Iterable
@@ -15,14 +16,12 @@ from enum import Enum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from prism_nemo.config import schema as schema_module
-
 MISSING = "???"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key: dotted name, declared type, and the comment behind it in `schema.py`."""
+    """One configuration key: dotted name, declared type, and the comment behind it in its dataclass."""
 
     name: str
     annotation: Any
@@ -138,7 +137,8 @@ def accepts(annotation: Any, value: Any) -> bool:
 
 def _walk(schema: type, name: str) -> Iterable[Section]:
     hints = get_type_hints(schema)
-    comments = {key: text for base in reversed(schema.__mro__) for key, text in _comments().get(base.__name__, {}).items()}
+    bases = [base for base in reversed(schema.__mro__) if is_dataclass(base)]
+    comments = {key: text for base in bases for key, text in _comments(base.__module__).get(base.__name__, {}).items()}
     own: list[Key] = []
     below: list[Section] = []
     for field in fields(schema):
@@ -152,9 +152,9 @@ def _walk(schema: type, name: str) -> Iterable[Section]:
 
 
 @cache
-def _comments() -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the comment at the end of the field's line in `schema.py`."""
-    source = inspect.getsource(schema_module)
+def _comments(module: str) -> dict[str, dict[str, str]]:
+    """Class name -> field name -> the comment at the end of the field's line in the module's source."""
+    source = inspect.getsource(sys.modules[module])
     by_line = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

@@ -10,13 +10,15 @@ from pathlib import Path
 from prism_nemo.config.compose import StageConfig
 from prism_nemo.config.discriminator import check_warmed_up
 from prism_nemo.config.layout import EP, ModelSizes, check_model, read_model_sizes
-from prism_nemo.config.schema import AlignConfig, ParallelConfig, WarmupConfig
+from prism_nemo.config.schema import AlignConfig, CurateConfig, ParallelConfig, WarmupConfig
 from prism_nemo.errors import ConfigError, LayoutError
 
 
 def check_models(config: StageConfig) -> None:
     """Reads every model's sizes and checks them against the layout."""
     models: list[tuple[ModelSizes, ParallelConfig]] = []
+    if isinstance(config, CurateConfig) and not config.model.path:  # all prompts are curated, or pass rates are known
+        return
     if not isinstance(config, WarmupConfig):
         models.append((read_model_sizes(Path(config.model.path), key="model.path"), config.parallel))
     if isinstance(config, WarmupConfig | AlignConfig):

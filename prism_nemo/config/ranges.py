@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
 from prism_nemo.config.schema import (
     AlignAlgorithmConfig,
+    CurateConfig,
     DataConfig,
     DigitsConfig,
     DiscriminatorConfig,
@@ -55,7 +57,9 @@ POSITIVE = Range(0.0, open="low")
 NOT_NEGATIVE = Range(0.0)
 SHARE = Range(0.0, 1.0)
 BELOW_ONE = Range(0.0, 1.0, open="high")
-TOP_P = Range(0.0, 1.0, open="low")
+POSITIVE_SHARE = TOP_P = Range(0.0, 1.0, open="low")
+IMAGE_DISTANCE = Range(0, 7)  # what eight bands of a 256-bit hash find for certain
+CONCURRENCY = Range(1, 1024)
 DUAL_CLIP = Range(1.0, open="low")
 
 RANGES: dict[type, dict[str, Range]] = {
@@ -158,6 +162,31 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     EvalConfig: {"limit_samples": COUNT, "bootstrap_samples": COUNT_OR_NONE},
     PairsConfig: {"limit_samples": COUNT},
+    CurateConfig: {"limit_samples": COUNT},
+    CurationConfig: {
+        "max_solved_share": BELOW_ONE,
+        "max_answers": COUNT,
+        "image_max_pixels": COUNT,
+        "min_similarity": POSITIVE_SHARE,
+        "max_image_distance": IMAGE_DISTANCE,
+        "exclude_min_words": COUNT_OR_NONE,
+    },
+    EndpointConfig: {
+        "temperature": NOT_NEGATIVE,
+        "max_tokens": COUNT,
+        "max_concurrency": CONCURRENCY,
+        "timeout_seconds": POSITIVE,
+        "max_attempts": COUNT,
+        "backoff_seconds": NOT_NEGATIVE,
+        "max_response_bytes": COUNT,
+        "max_requests": COUNT_OR_NONE,
+        "max_prompt_tokens": COUNT_OR_NONE,
+        "max_completion_tokens": COUNT_OR_NONE,
+        "max_cost": NOT_NEGATIVE,
+        "prompt_price": NOT_NEGATIVE,
+        "completion_price": NOT_NEGATIVE,
+    },
+    JudgeConfig: {"max_answer_length": COUNT},
     DigitsConfig: {"num_public": COUNT, "num_teacher": COUNT, "num_prompts": COUNT, "num_test": COUNT},
     PipelineConfig: {"seed": COUNT_OR_NONE},
 }

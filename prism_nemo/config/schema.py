@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
 from prism_nemo.config.enums import (
     Aggregation,
     AlignReward,
@@ -241,6 +242,7 @@ class RewardConfig:
     time_limit_seconds: float = 1.0  # processor time for one answer; what takes longer is not equal
     memory_limit_mb: int = 1024  # address space of one such process
     cache_size: int = 100_000  # decisions of theirs that are remembered
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass
@@ -335,6 +337,22 @@ class EvalConfig:
     category: str = "category"  # metadata key that figures are broken down by; records without it go by their source
     pass_at_k: list[int] = field(default_factory=list)  # the k of pass@k and majority@k; empty: 1, 2, 4, … up to the rollouts
     bootstrap_samples: int = 1000  # resamplings of the prompts behind the 95% confidence intervals; 0: no intervals
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+@dataclass
+class CurateConfig:
+    """Teacher demonstrations for the prompts that the policy fails at."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    curate: CurationConfig = field(default_factory=CurationConfig)
+    teacher: EndpointConfig = field(default_factory=EndpointConfig)
+    limit_samples: int | None = None  # prompts; null: the whole training file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from prism_nemo.config.algorithms import check_algorithm
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.data_files import check_data_files
+from prism_nemo.config.endpoint import check_curation, check_endpoint
 from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutEngineKind, Routing, StageKind
 from prism_nemo.config.evaluation import check_pass_at_k
 from prism_nemo.config.fp8 import check_layers
@@ -23,6 +24,7 @@ from prism_nemo.config.models import about_the_discriminator, check_models
 from prism_nemo.config.ranges import check_ranges
 from prism_nemo.config.schema import (
     AlignConfig,
+    CurateConfig,
     DataConfig,
     DiscriminatorConfig,
     EvalConfig,
@@ -101,14 +103,19 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_discriminator(config.discriminator)
     if isinstance(config, AlignConfig | RLVRConfig):
         check_algorithm(config)
-    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig):
+    if isinstance(config, AlignConfig | RLVRConfig | EvalConfig | CurateConfig) and config.reward.judge.enabled:
+        check_endpoint(config.reward.judge, "reward.judge")
+    if isinstance(config, CurateConfig):
+        check_endpoint(config.teacher, "teacher")
+        check_curation(config.curate, config.model.path)
+    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | CurateConfig):
         _check_sampling(config.rollout)
-    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig):
+    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig | CurateConfig):
         _check_rollout_engine(config.rollout)
     if isinstance(config, EvalConfig):
         _check_greedy(config.rollout)
         check_pass_at_k(config)
-    elif not isinstance(config, PairsConfig):
+    elif not isinstance(config, PairsConfig | CurateConfig):
         _check_optimizer(config.optimizer, config.trainer, "optimizer")
         model = config.discriminator if isinstance(config, WarmupConfig) else config.model
         _check_offload(config.optimizer, model.precision, "optimizer")
@@ -173,7 +180,7 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig, parallel: ParallelC
 
 def _check_row_budget(config: StageConfig) -> None:
     """A row holds at least one prompt with one response, and in front of the discriminator with the teacher's beside it."""
-    assert not isinstance(config, EvalConfig | PairsConfig)
+    assert not isinstance(config, EvalConfig | PairsConfig | CurateConfig)
     responses = 2 if isinstance(config, WarmupConfig | AlignConfig) else 1
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     needed = prompt + responses * response

@@ -23,6 +23,7 @@ MANDATORY = {
     "align": ["model.path=m", "discriminator.path=p", "data.train=t.jsonl", "experiment.dir=d"],
     "rlvr": ["model.path=m", "data.train=t.jsonl", "experiment.dir=d"],
     "eval": ["model.path=m", "data.validation=t.jsonl", "experiment.dir=d"],
+    "curate": ["data.train=t.jsonl", "teacher.base_url=http://localhost:1/v1", "teacher.model=m", "experiment.dir=d"],
     "pipeline": ["experiment.dir=d"],
 }
 COMBINATIONS = [

@@ -1,0 +1,1 @@
+"""Teacher demonstrations for the prompts that the policy fails at."""
