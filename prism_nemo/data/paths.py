@@ -34,7 +34,7 @@ def expand_paths(spec: str) -> list[Path]:
         if len(files) > MAX_FILES:
             raise DataError(f"the pattern names more than {MAX_FILES} files", where=spec)
         if glob.has_magic(alternative) and not Path(alternative).exists():
-            names = sorted(glob.glob(alternative))  # noqa: PTH207: Path.glob takes no absolute pattern
+            names = sorted(glob.glob(alternative))  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = [Path(name) for name in names if Path(name).suffix.lower() in SUFFIXES]
             if not found:
                 raise DataError("no data file has a name of this pattern", where=alternative, remedy=_kinds())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-
 from prism_nemo.data.bad_records import BadRecord, BadTally
+from prism_nemo.data.order import EpochOrder, MixtureOrder, Order
+from prism_nemo.data.record_files import RecordList, RecordSource, UnusableRecord
 from prism_nemo.data.records import Record
 from prism_nemo.errors import CheckpointError, ConfigError, DataError
 
@@ -18,29 +17,32 @@ T = TypeVar("T")
 class RecordStream(Generic[T]):
     """Endless epochs over `records`, each its own permutation drawn from (seed, epoch); batches run across the ends of epochs.
 
-    The position counts records of the global batch, so it is the same for any number of ranks: rank r of n encodes the
+    The position counts records of the global batch, so it is the same for any number of ranks: rank r of n reads and encodes the
     records r, r + n, … of each global batch. `encode` turns a record into what the stage trains on; a record for which it
-    raises DataError is left out of its batch and listed in `bad`.
+    raises DataError, or that cannot be read, is left out of its batch and listed in `bad`.
 
+    records        a list, or files that are read as the records come up
+    order          another order than the epochs', that of a mixture
     tally          of all ranks; whoever draws the batches adds every rank's `tried` and `failed` to it
     tried, failed  records of this rank's part of the last batch, and how many of them were left out
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Record] | RecordSource,
         encode: Callable[[Record], T],
         *,
         batch_size: int,
         seed: int,
         shuffle: bool,
         max_bad_sample_share: float,
+        order: Order | None = None,
     ) -> None:
-        if not records:
+        if not len(records):
             raise DataError("there are no records to draw from")
         if batch_size < 1:
             raise ConfigError(f"a batch of {batch_size} records", where="trainer.global_batch_size", remedy="at least 1")
-        self.records = records
+        self.records: RecordSource = RecordList(records) if isinstance(records, Sequence) else records
         self.encode = encode
         self.batch_size = batch_size
         self.seed = seed
@@ -50,9 +52,7 @@ class RecordStream(Generic[T]):
         self.failed = 0
         self.consumed_samples = 0
         self.bad: list[BadRecord] = []  # this rank's, every bad record once, in the order of their first appearance
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-        self._fingerprint = fingerprint(records)
+        self._order = order or EpochOrder(len(records), [seed], shuffle=shuffle, blocks=self.records.blocks)
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> list[tuple[Record, T]]:
         """This rank's part of the next global batch, in order; every rank must call it for the stream to stay in step."""
@@ -63,24 +63,31 @@ class RecordStream(Generic[T]):
         self.tried = self.failed = 0
         batch = []
         for position in range(start + rank, start + self.batch_size, world_size):
-            record = self.records[self._index(position)]
+            index = self._order(position)
             self.tried += 1
+            try:
+                record = self.records[index]
+            except UnusableRecord as error:
+                self._add_bad(error.bad)
+                continue
             try:
                 batch.append((record, self.encode(record)))
             except DataError as error:
-                self._add_bad(record, error)
+                self._add_bad(BadRecord.from_error(record.id, f"record {record.id}", error))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it is a position in, and the tally. Equal on all ranks."""
+        drawn = {"drawn": self._order.drawn(self.consumed_samples)} if isinstance(self._order, MixtureOrder) else {}
         return {
             "consumed_samples": self.consumed_samples,
             "num_records": len(self.records),
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.records.fingerprint,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "tried": self.tally.tried,
             "failed": self.tally.failed,
+            **drawn,  # of every source of a mixture; it follows from the position
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,26 +100,12 @@ class RecordStream(Generic[T]):
             if state[name] != own[name]:
                 raise CheckpointError(
                     f"the checkpoint's data stream has {name} {state[name]}, this run has {own[name]}",
-                    remedy="resume with the same data file and seed, or start a new run from the checkpoint's weights",
+                    remedy="resume with the same data and seed, or start a new run from the checkpoint's weights",
                 )
         self.consumed_samples = state["consumed_samples"]
         self.tally.tried, self.tally.failed = state["tried"], state["failed"]
 
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.records))
-        if not self.shuffle:
-            return offset
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
-            self._epoch = epoch
-        return int(self._order[offset])
-
-    def _add_bad(self, record: Record, error: DataError) -> None:
+    def _add_bad(self, bad: BadRecord) -> None:
         self.failed += 1
-        if all(bad.id != record.id for bad in self.bad):
-            self.bad.append(BadRecord.from_error(record.id, f"record {record.id}", error))
-
-
-def fingerprint(records: Sequence[Record]) -> str:
-    """Of the records' ids and their order."""
-    return hashlib.sha256("\n".join(record.id for record in records).encode("utf-8", "surrogatepass")).hexdigest()
+        if all((known.id, known.where) != (bad.id, bad.where) for known in self.bad):
+            self.bad.append(bad)

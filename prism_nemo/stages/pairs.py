@@ -17,9 +17,9 @@ from prism_nemo.config.schema import PairsConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.open import open_file
+from prism_nemo.data.record_files import fingerprint
 from prism_nemo.data.records import ImageSource, Record
 from prism_nemo.data.sources import video_item
-from prism_nemo.data.stream import fingerprint
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.batch import prompts_at_once

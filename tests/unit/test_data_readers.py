@@ -252,7 +252,7 @@ def test_parquet_with_plain_byte_images(tmp_path: Path) -> None:
         ({"prompt": "q", "videos": [{"frames": "a.png", "fps": 2}]}, "a video's frames are text"),
         ({"prompt": "q", "videos": [{"frames": ["http://a/b.png"], "fps": 2}]}, "the image .* is a URL"),
         ({"prompt": "q", "videos": [{"path": "a", "fps": 0}]}, "a video's `fps` is 0"),
-        ({"prompt": "q", "videos": [{"path": "a", "fps": float("inf")}]}, "a video's `fps` is inf"),
+        ({"prompt": "q", "videos": [{"path": "a", "fps": float("inf")}]}, "the line is not JSON: Infinity is no number"),
         ({"prompt": "q", "videos": [{"path": "a", "fps": 10**400}]}, "a video's `fps` is 1000"),
         ({"prompt": "q", "videos": [{"path": "a", "fps": 1e-300}]}, "a video's `fps` is 1e-300"),
         ({"prompt": "q", "videos": [{"path": "a", "timestamps": [0, 1e300]}]}, "`timestamps` are not seconds in order"),
@@ -328,7 +328,7 @@ def fails(file: Path, content: bytes | None = None) -> str:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "does not exist" in fails(tmp_path / "missing.jsonl")
     assert "does not exist" in fails(tmp_path)
-    assert "cannot end in '.csv'" in fails(tmp_path / "d.csv", b"a,b")
+    assert "is not a data file" in fails(tmp_path / "d.csv", b"a,b")
     assert "holds no records" in fails(tmp_path / "d.jsonl", b"\n")
     assert "holds no records" in fails(tmp_path / "d.json", b"[]")
     assert "not JSON" in fails(tmp_path / "d.json", b'[{"messages": ')

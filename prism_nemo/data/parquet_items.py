@@ -1,0 +1,114 @@
+"""Parquet files: rows by their number, a row group at a time.
+
+A row group is the least that can be read, so the groups read last are kept, up to a number of bytes, and whoever wants rows in
+another order than the file's goes from block to block (`Block`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from prism_nemo.data.items import Block
+from prism_nemo.errors import DataError
+
+MAX_GROUP_BYTES = 2**30  # of one row group in memory
+CACHED_BYTES = 256 * 2**20  # of the row groups that are kept
+
+
+class GroupCache:
+    """The row groups read last, of all files of this process; always at least the newest."""
+
+    def __init__(self, limit: int = CACHED_BYTES) -> None:
+        self.limit = limit
+        self._held: OrderedDict[tuple[str, int], tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[str, int]) -> Any:
+        """The table, or None."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][0]
+
+    def add(self, key: tuple[str, int], table: Any, num_bytes: int) -> None:
+        self._held[key] = (table, num_bytes)
+        self._bytes += num_bytes
+        while self._bytes > self.limit and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1][1]
+
+
+GROUPS = GroupCache()
+
+
+class ParquetItems:
+    """The rows of a file. Raises DataError for one that is not readable parquet."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata = file.metadata
+                groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+                self.blocks: list[Block] | None = [Block(group.num_rows, group.total_byte_size) for group in groups]
+                self.digest = _digest(path, metadata.serialized_size)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"the file is not readable parquet: {error}", where=str(path)) from error
+        status = path.stat()
+        self._identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
+        self._starts = [0, *accumulate(block.items for block in self.blocks)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def number(self, index: int) -> int:
+        return index + 1
+
+    def read(self, index: int) -> tuple[object, str | None]:
+        import pyarrow as pa
+
+        group = bisect_right(self._starts, index) - 1
+        try:
+            return self._group(group).slice(index - self._starts[group], 1).to_pylist()[0], None
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, times out of range
+            raise DataError(f"the row cannot be read: {error}", remedy="write the file again") from error
+
+    def _group(self, group: int) -> Any:
+        """The row group as a table; raises DataError where it is damaged or too large."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = GROUPS.get((self._identity, group))
+        if table is not None:
+            return table
+        assert self.blocks is not None
+        if self.blocks[group].num_bytes > MAX_GROUP_BYTES:
+            raise DataError(
+                f"row group {group} has {self.blocks[group].num_bytes} bytes, the limit is {MAX_GROUP_BYTES}",
+                where=str(self.path),
+                remedy="write it in smaller row groups: prism-nemo data convert FILE --out NEW.parquet",
+            )
+        try:
+            with pq.ParquetFile(self.path) as file:
+                table = file.read_row_group(group, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"row group {group} cannot be read: {error}", where=str(self.path), remedy="copy or write the file again"
+            ) from error
+        GROUPS.add((self._identity, group), table, table.nbytes)
+        return table
+
+
+def _digest(path: Path, footer_bytes: int) -> str:
+    """Of the footer, which knows every column chunk's place, size and statistics, and of the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - footer_bytes - 8))
+        return hashlib.sha256(str(size).encode() + file.read()).hexdigest()
