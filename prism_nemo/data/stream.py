@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.order import EpochOrder, MixtureOrder, Order
 from prism_nemo.data.record_files import RecordList, RecordSource, UnusableRecord
+from prism_nemo.data.record_files import fingerprint as fingerprint  # of lists, for stages that draw from none
 from prism_nemo.data.records import Record
 from prism_nemo.errors import CheckpointError, ConfigError, DataError
 
