@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 
-from prism_nemo.algorithms.advantages import group_normalize, grpo_advantages, prism_advantages
+from prism_nemo.algorithms.advantages import group_normalize, grpo_advantages, mixed_advantages, prism_advantages
+from prism_nemo.config.enums import AlignReward
 
 
 def reference_normalize(scores: list[float], ids: list[int], eps: float = 1e-6) -> list[float]:
@@ -212,3 +213,53 @@ def test_a_hundred_thousand_groups_at_once() -> None:
     pair = scores.view(2, -1).double()
     expected = (pair - pair.mean(0)) / (pair.std(0) + 1e-6)
     torch.testing.assert_close(group_normalize(scores, ids), expected.flatten().float(), rtol=1e-5, atol=1e-6)
+
+
+# Alignment with verified answers. Group 0: right, wrong, invalid; group 1: right, wrong.
+ALIGNMENT = torch.tensor([0.6, -0.2, -1.0, 0.5, -0.5], dtype=torch.float64)
+MIXED = {
+    "valid": torch.tensor([True, True, False, True, True]),
+    "correct": torch.tensor([True, False, False, True, False]),
+    "rewards": torch.tensor([1.0, 0.2, 0.0, 1.0, 0.2], dtype=torch.float64),
+    "group_ids": torch.tensor([0, 0, 0, 1, 1]),
+}
+
+
+def verified_by_hand() -> list[float]:
+    """GN of the rewards: (1, .2, 0) have mean .4 and variance (.36 + .04 + .16) / 2; (1, .2) mean .6 and variance .32."""
+    first, second = math.sqrt(0.28) + 1e-6, math.sqrt(0.32) + 1e-6
+    return [0.6 / first, -0.2 / first, -0.4 / first, 0.4 / second, -0.4 / second]
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        # weight 0.5: half the alignment where right; -0.7 where wrong; -1.5 where invalid
+        (AlignReward.gated, [0.3, -0.7, -1.5, 0.25, -0.7]),
+        (AlignReward.verified_plus_gated, [a + b for a, b in zip(verified_by_hand(), [0.3, 0, 0, 0.25, 0], strict=True)]),
+        (AlignReward.verified_plus_signed, [a + b for a, b in zip(verified_by_hand(), [0.3, 0.1, 0, 0.25, 0.25], strict=True)]),
+    ],
+)
+def test_alignment_with_verified_answers(reward: AlignReward, expected: list[float]) -> None:
+    found = mixed_advantages(ALIGNMENT, **MIXED, reward=reward, alignment_weight=0.5, wrong_penalty=0.7, format_penalty=1.5)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    shuffled = {name: tensor[order] for name, tensor in MIXED.items()}
+    again = mixed_advantages(
+        ALIGNMENT[order], **shuffled, reward=reward, alignment_weight=0.5, wrong_penalty=0.7, format_penalty=1.5
+    )
+    torch.testing.assert_close(again, found[order], rtol=0, atol=0)
+
+
+def test_what_is_not_valid_is_not_right() -> None:
+    claimed = {**MIXED, "correct": torch.ones(5, dtype=torch.bool)}
+    gated = mixed_advantages(ALIGNMENT, **claimed, reward=AlignReward.gated, format_penalty=1.5)
+    assert gated[2] == -1.5
+
+
+def test_mixing_refuses_what_it_cannot_mix() -> None:
+    with pytest.raises(ValueError, match="mixes nothing"):
+        mixed_advantages(ALIGNMENT, **MIXED, reward=AlignReward.discriminator)
+    with pytest.raises(ValueError, match="one length"):
+        mixed_advantages(ALIGNMENT[:4], **MIXED, reward=AlignReward.gated)

@@ -13,7 +13,7 @@ from torch import Tensor
 from prism_nemo.algorithms.metrics import MetricSums, finalize, merge
 from prism_nemo.algorithms.policy_loss import PolicyLossOutput, policy_loss
 from prism_nemo.algorithms.rollout_correction import correction_weights, mismatch_metrics
-from prism_nemo.config.enums import Aggregation, RatioKind
+from prism_nemo.config.enums import Aggregation, KLEstimator, RatioKind
 from prism_nemo.config.schema import PolicyLossConfig
 
 GRPO = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0)
@@ -280,6 +280,20 @@ def test_the_reference_kl() -> None:
     assert "reference_kl" not in compute(batch, GRPO).metrics
     with pytest.raises(ValueError, match="reference_log_probs"):
         compute(batch, WITH_KL)
+
+
+def test_the_estimator_of_the_reference_kl() -> None:
+    """k2's gradient is the log-ratio itself, on every token."""
+    batch = random_batch(8)
+    log_probs = batch["log_probs"].clone().requires_grad_()
+    plain = batch | {"log_probs": log_probs}
+    difference = batch["log_probs"] - batch["reference_log_probs"]
+    parameters = replace(GRPO, kl_coefficient=0.5, kl_estimator=KLEstimator.k2)
+    output = compute(plain, parameters)
+    assert finalize(output.metrics)["reference_kl"] == pytest.approx(difference.square().mean().item() / 2, rel=1e-12)
+    (with_kl,) = torch.autograd.grad(output.loss, log_probs)
+    (without,) = torch.autograd.grad(compute(plain, GRPO).loss, log_probs)
+    torch.testing.assert_close(with_kl - without, 0.5 * difference / 11, rtol=1e-9, atol=1e-15)
 
 
 def test_the_old_to_new_kl() -> None:
