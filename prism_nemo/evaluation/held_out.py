@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from prism_nemo.config.enums import Benchmark
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.bad_records import BadRecord, listing
 from prism_nemo.data.open import open_file
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import DataError
+from prism_nemo.evaluation.benchmarks import read_benchmark
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Records of `data.validation`: this data-parallel rank's, and how many all ranks have."""
+    """Records of `data.validation`: all ranks', and this data-parallel rank's."""
 
+    all: Sequence[Record]
     mine: Sequence[Record]
-    total: int
+
+    @property
+    def total(self) -> int:
+        return len(self.all)
 
 
 def open_held_out(
@@ -29,22 +36,35 @@ def open_held_out(
     required: tuple[str, ...] = (),
     limit: int | None = None,
     wanted: Callable[[Record], bool] | None = None,
+    benchmark: Benchmark | None = None,
 ) -> HeldOut:
     """The first `limit` records of `data.validation`, of these the `wanted`; none without a file. A collective.
+
+    benchmark   what the files there were published as; None: they are records of our own
 
     Every record is encoded once, only to see that it can be: what is encoded as late as the first validation fails there, hours
     into a run, and again whenever that is resumed. Raises DataError, on every rank, that names file and records when any cannot
     be read or encoded: a validation leaves nothing out.
     """
     if data.validation is None:
-        return HeldOut((), 0)
-    found = open_file(data.validation, replace(data, max_bad_sample_share=1.0), required=required)
-    _refuse(found.bad, data.validation)
-    records = [record for record in found.records[:limit] if wanted is None or wanted(record)]
+        return HeldOut((), ())
+    found = _read(data, data.validation, benchmark, required)
+    records = [record for record in found[:limit] if wanted is None or wanted(record)]
     mine = records[runtime.data_parallel_rank :: runtime.data_parallel_size]
     bad = [error for record in mine if (error := _problem(record, encode)) is not None]
     _refuse([record for part in runtime.gather_objects(bad) for record in part], data.validation)
-    return HeldOut(mine, len(records))
+    return HeldOut(records, mine)
+
+
+def _read(data: DataConfig, path: str, benchmark: Benchmark | None, required: tuple[str, ...]) -> Sequence[Record]:
+    if benchmark is not None:
+        records = list(read_benchmark(benchmark, Path(path), None if data.image_root is None else Path(data.image_root)))
+        if not records:
+            raise DataError(f"the files of {benchmark} hold no records", where=path)
+        return records
+    found = open_file(path, replace(data, max_bad_sample_share=1.0), required=required)
+    _refuse(found.bad, path)
+    return found.records
 
 
 def _problem(record: Record, encode: Callable[[Record], object]) -> BadRecord | None:

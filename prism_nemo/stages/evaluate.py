@@ -1,65 +1,152 @@
-"""Evaluation of a policy on held-out prompts.
+"""Evaluation of a policy on held-out prompts: records of our own, or a published benchmark's files.
 
-prism-nemo eval model.path=runs/rlvr data.validation=test.jsonl experiment.dir=runs/eval
+    prism-nemo eval model.path=runs/rlvr data.validation=test.jsonl experiment.dir=runs/eval
+    prism-nemo eval model.path=runs/rlvr benchmark=mathvista data.validation=MathVista/data experiment.dir=runs/mathvista
+
+What a prompt gave is on the disk before the next ones are sampled; a run that was stopped goes on there, on any number of ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from prism_nemo.algorithms.metrics import MetricSums, mean_of, merge
 from prism_nemo.config.schema import EvalConfig, RolloutConfig
 from prism_nemo.config.validate import validate
-from prism_nemo.engine.step import reduce_metrics
+from prism_nemo.data.records import Record
+from prism_nemo.data.stream import fingerprint
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
+from prism_nemo.evaluation.metrics import token_f1
+from prism_nemo.evaluation.samples import Answered, Sample, category_of
+from prism_nemo.evaluation.summary import equality_of, scalars, summarize
 from prism_nemo.rewards.grader import Grader
+from prism_nemo.rewards.verifier import Verifier
 from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.run_directory import write_atomically
+from prism_nemo.stages.parts import PartFiles
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
 
 RESULT = "evaluation.json"
+PARTS = "parts"
 
 
 def run(config: EvalConfig) -> None:
     """The `eval` command: writes evaluation.json, {"accuracy", "caption_accuracy", "format_rate", …, "greedy": {…}}.
 
-    Told to stop, it ends with status 75 and has nothing to show; the same command evaluates anew.
+    Every response, with its answer and whether that is right, is in samples.jsonl. Told to stop, it ends with status 75; the same
+    command goes on.
     """
     validate(config)
-    directory = Path(config.experiment.dir)
     with Grader(config.reward) as grader, open_sampling_run("eval", config, grader=grader) as opened:
-        prompts = HeldOutPrompts(opened.sampler, config.data, limit=config.limit_samples)
-        decodings = {"sampled": config.rollout}
-        if config.also_greedy and config.rollout.temperature > 0:
-            decodings["greedy"] = replace(config.rollout, temperature=0.0, num_rollouts_per_prompt=1)
-        results = {name: _measure(name, rollout, prompts, config, opened) for name, rollout in decodings.items()}
+        prompts = HeldOutPrompts(opened.sampler, config.data, limit=config.limit_samples, benchmark=config.benchmark)
+        records = prompts.records.all
+        made_of = {
+            "list of records": fingerprint(records),
+            "set of prompts and verified answers": _fingerprint_of_truth(records),
+            "policy": str(opened.policy_directory),
+        }
+        parts = PartFiles(Path(config.experiment.dir) / PARTS, made_of, opened.runtime)
+        done = {row["record"] for row in parts.in_order()}
+        opened.runtime.barrier()  # all have read before any writes
+        decodings = _decodings(config)
+        for place, (name, rollout) in enumerate(decodings.items()):
+            _sample(name, rollout, prompts, parts, done, place * len(records), config, opened)
+        opened.runtime.barrier()
         if opened.runtime.is_main:
-            sampled = results.pop("sampled")
-            write_atomically(directory / RESULT, json.dumps({**sampled, **results}, indent=2) + "\n")
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in sampled.items())
-            print(f"{config.model.path}: {shown}", flush=True)
+            _write(list(decodings), records, parts, config, opened)
+        parts.remove()
 
 
-def _measure(
-    name: str, rollout: RolloutConfig, prompts: HeldOutPrompts, config: EvalConfig, opened: SamplingRun
-) -> dict[str, float]:
-    """The metrics of one way of decoding; the samples go to samples.jsonl as they come."""
-    sums: MetricSums = {}
-    for batch in prompts.sample(rollout):
-        sums = merge(sums, {**batch.metrics(), "reward": _rewards(batch)})
-        rows = [{"decoding": name, **row} for row in batch.samples(len(batch.texts), {})]
-        opened.experiment.log_samples(1, [row for share in opened.runtime.gather_objects(rows) for row in share])
+def _decodings(config: EvalConfig) -> dict[str, RolloutConfig]:
+    """The ways to decode: as configured, and the likeliest token each time."""
+    decodings = {"sampled": config.rollout}
+    if config.also_greedy and config.rollout.temperature > 0:
+        decodings["greedy"] = replace(config.rollout, temperature=0.0, num_rollouts_per_prompt=1)
+    return decodings
+
+
+def _sample(
+    name: str,
+    rollout: RolloutConfig,
+    prompts: HeldOutPrompts,
+    parts: PartFiles,
+    done: set[int],
+    first: int,
+    config: EvalConfig,
+    opened: SamplingRun,
+) -> None:
+    """Responses of one way of decoding to the records that are in no part yet; record i is number `first + i` there."""
+    for numbers, batch in prompts.sample(rollout, done={number - first for number in done}):
+        rows: dict[int, list[dict[str, Any]]] = {number: [] for number in numbers}
+        for index, row in enumerate(_rows(name, batch, config)):
+            rows[numbers[batch.rollouts[index].prompt_index]].append(row)
+        parts.append([{"record": first + number, "samples": samples} for number, samples in rows.items()])
         opened.stop_if_told()
-    result = reduce_metrics(sums, opened.runtime)
-    opened.experiment.log_metrics(1, result, prefix=name)
-    return result
 
 
-def _rewards(batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """The mean reward, as RLVR would give it, where there is an answer to verify."""
-    return mean_of(torch.tensor([reward.score for reward in batch.rewards if reward is not None]))
+def _rows(name: str, batch: RolloutBatch, config: EvalConfig) -> list[dict[str, Any]]:
+    """The responses as lines of samples.jsonl."""
+    records = [batch.record_of(index) for index in range(len(batch.texts))]
+    captions = [None if parsed is None else parsed.caption for parsed in batch.parsed]
+    columns: dict[str, list[Any]] = {
+        "extracted": [None if parsed is None else parsed.answer for parsed in batch.parsed],
+        "reward": [None if reward is None else reward.score for reward in batch.rewards],
+        "caption_f1": [
+            None if record.caption is None else 0.0 if caption is None else token_f1(caption, record.caption)
+            for record, caption in zip(records, captions, strict=True)
+        ],
+        "truncated": [rollout.finish_reason == "length" for rollout in batch.rollouts],
+        "category": [category_of(record, config.category) for record in records],
+    }
+    return [{"decoding": name, **row} for row in batch.samples(len(batch.texts), columns)]
+
+
+def _write(
+    decodings: Sequence[str], records: Sequence[Record], parts: PartFiles, config: EvalConfig, opened: SamplingRun
+) -> None:
+    """Puts the parts together: samples.jsonl, metrics.jsonl, evaluation.json."""
+    answered: dict[str, list[Answered]] = {name: [] for name in decodings}
+    for row in parts.in_order():
+        opened.experiment.log_samples(1, row["samples"])
+        place, number = divmod(row["record"], len(records))
+        answered[decodings[place]].append(Answered(records[number], tuple(map(Sample.from_row, row["samples"]))))
+    results = {name: _result(found, config) for name, found in answered.items()}
+    for name, result in results.items():
+        opened.experiment.log_metrics(1, scalars(result), prefix=name)
+    sampled = results.pop(decodings[0])
+    write_atomically(Path(config.experiment.dir) / RESULT, json.dumps({**sampled, **results}, indent=2) + "\n")
+    print(f"{config.model.path}: {'  '.join(_shown(sampled))}", flush=True)
+
+
+def _result(answered: Sequence[Answered], config: EvalConfig) -> dict[str, Any]:
+    with Verifier(config.reward) as verifier:
+        return summarize(
+            answered,
+            same=equality_of(verifier),
+            pass_at_k=config.pass_at_k,
+            category=config.category,
+            bootstrap_samples=config.bootstrap_samples,
+            seed=config.runtime.seed,
+            benchmark=config.benchmark,
+        )
+
+
+def _shown(result: Mapping[str, Any]) -> Iterator[str]:
+    """Each figure with its interval, for people; a benchmark's own scores behind them."""
+    intervals = result.get("intervals", {})
+    for name, value in scalars(dict(result)).items():
+        low, high = intervals.get(name, (None, None))
+        yield f"{name} {value:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    own = result.get("benchmark", {})
+    if own:
+        yield f"{own['name']}:"
+        yield from (f"{name} {value:.4f}" for name, value in own.items() if isinstance(value, float))
+
+
+def _fingerprint_of_truth(records: Sequence[Record]) -> str:
+    truth = [[record.prompt, record.answer, record.equivalent_answers, record.answer_kind, record.caption] for record in records]
+    return hashlib.sha256(json.dumps(truth).encode()).hexdigest()
