@@ -56,7 +56,7 @@ def test_groups_fit_where_they_should() -> None:
     of_one_model = [name for name in option_names("parallel") if "_align_" not in name]  # the others cut the discriminator too
     assert options_for("sft", "parallel") == options_for("rlvr", "parallel") == of_one_model
     assert {"single", "tp2", "tp2_sp", "tp4", "tp8"} <= set(option_names("parallel"))
-    assert options_for("pipeline", "demo") == ["digits"]
+    assert options_for("pipeline", "demo") == ["digits", "rlvr"]
 
 
 def test_a_wheels_files_are_found_inside_the_package(tmp_path: Path) -> None:
