@@ -59,7 +59,7 @@ STAGES = {
     ),
     "eval": Stage(
         "prism_nemo.stages.evaluate",
-        "answer and caption accuracy and format rate on held-out records",
+        "accuracy, pass@k, … on held-out records, or on a published benchmark by its own rule",
         "model.path=ALIGNED data.validation=test.jsonl experiment.dir=runs/eval rollout.temperature=0",
     ),
     "curate": Stage(
@@ -108,6 +108,16 @@ examples
 {PROGRAM} COMMAND --help shows a command's options and, for a stage, every setting.
 """
 
+COMPARE_HELP = f"""\
+usage: {PROGRAM} compare RUN_A RUN_B [--decoding NAME] [--common] [--json FILE]
+
+Two evaluations of the same records, record by record: differences with confidence intervals, and which records changed.
+
+  --decoding NAME   sampled (default) or greedy
+  --common          leave out records that only one of the runs has
+  --json FILE       write the comparison there as JSON
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `PrismError`s, told like all others."""
@@ -149,7 +159,9 @@ def _prepare(arguments: list[str]) -> Callable[[], None]:
         return _prepare_plan(rest)
     if command == "report":
         return _prepare_report(rest)
-    known = [*STAGES, "convert", "plan", "report"]
+    if command == "compare":
+        return _prepare_compare(rest)
+    known = [*STAGES, "convert", "plan", "report", "compare"]
     close = difflib.get_close_matches(command, known, n=1)
     raise ConfigError(
         f"there is no command `{command}`",
@@ -213,6 +225,19 @@ def _prepare_report(arguments: list[str]) -> Callable[[], None]:
     return lambda: importlib.import_module("prism_nemo.report.command").run(options.run_dir)
 
 
+def _prepare_compare(arguments: list[str]) -> Callable[[], None]:
+    if "-h" in arguments or "--help" in arguments:
+        return lambda: _print(COMPARE_HELP)
+    parser = Parser("compare")
+    for run in ("run_a", "run_b"):
+        parser.add_argument(run, metavar=run.upper(), type=Path)
+    parser.add_argument("--decoding", choices=("sampled", "greedy"), default="sampled")
+    parser.add_argument("--common", action="store_true")
+    parser.add_argument("--json", type=Path, dest="json_file")
+    options = parser.parse_args(arguments)
+    return lambda: importlib.import_module("prism_nemo.evaluation.compare").run(**vars(options))
+
+
 def _help() -> str:
     def lines(*names: str) -> str:
         return "\n".join(f"  {name:<16} {STAGES[name].summary}" for name in names)
@@ -220,7 +245,8 @@ def _help() -> str:
     return HELP.format(
         training=lines("sft", "warmup", "align", "rlvr", "pipeline"),
         data=lines("pairs", "curate"),
-        evaluation=f"{lines('eval')}\n  {'report RUN_DIR':<16} tables and curves of a run directory",
+        evaluation=f"{lines('eval')}\n  {'compare A B':<16} two evaluations, record by record"
+        f"\n  {'report RUN_DIR':<16} tables and curves of a run directory",
     )
 
 
