@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums, finalize, merge
@@ -38,6 +39,7 @@ class PolicyUpdate:
         self.num_mini_batches = config.algorithm.num_mini_batches
         self.rows = partial(policy_rows, max_tokens=config.trainer.max_tokens_per_row, runtime=policy.runtime)
         self.max_response_length = config.data.max_response_length
+        self.global_batch_size = config.trainer.global_batch_size
         self.reference: PolicyModel | None = None
         if self.loss.kl_coefficient > 0:
             model = frozen(config.model, path=self.loss.reference_path)
@@ -53,6 +55,8 @@ class PolicyUpdate:
 
         results = []
         for (batch, values), rows, before in zip(parts, packed, old, strict=True):
+            if len(parts) > 1 and self.policy.runtime.max_over_data_parallel(len(rows)) == 0:
+                continue  # all its records were unusable: Adam would move on its momentum alone
             reference = None
             if self.reference is not None:
                 reference = log_probs_of_rollouts(self.reference, rows, len(batch.rollouts))
@@ -75,13 +79,21 @@ class PolicyUpdate:
         return mean_of_updates(results)
 
     def part(self, number: int, rollouts: RolloutBatch, advantages: Tensor) -> tuple[RolloutBatch, Tensor]:
-        """The rollouts and advantages of mini-batch `number`: this rank's prompts are cut evenly, in their order."""
+        """This rank's rollouts and advantages of mini-batch `number`.
+
+        The global batch, whose prompts lie on the ranks in turn, is cut evenly in its order: at any number of ranks a mini-batch
+        has the same prompts.
+        """
         if self.num_mini_batches == 1:
             return rollouts, advantages
-        prompts = len(rollouts.prompts)
-        first, last = (prompts * bound // self.num_mini_batches for bound in (number, number + 1))
-        inside = (rollouts.group_ids >= first) & (rollouts.group_ids < last)
-        return rollouts.select(range(first, last)), advantages[inside]
+        runtime = self.policy.runtime
+        positions = [index * runtime.data_parallel_size + runtime.data_parallel_rank for index in range(len(rollouts.prompts))]
+        members = [
+            index
+            for index, position in enumerate(positions)
+            if position * self.num_mini_batches // self.global_batch_size == number
+        ]
+        return rollouts.select(members), advantages[torch.isin(rollouts.group_ids, torch.tensor(members, dtype=torch.int64))]
 
 
 def frozen(config: ModelConfig, *, path: str | None) -> ModelConfig:

@@ -43,6 +43,7 @@ class RLVRTrainer:
         self.config = config
         self.runtime = runtime
         self.loop = loop
+        self.grader = grader
         self.policy = PolicyModel(config.model, config.parallel, runtime)
         self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
         self.models = {"policy": self.policy}
@@ -76,6 +77,7 @@ class RLVRTrainer:
 
             self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
+            sums |= self.grader.metrics()
             self.loop.end_step(
                 {**update.metrics, **reduce_metrics(sums, self.runtime)},
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),

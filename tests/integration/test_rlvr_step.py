@@ -114,6 +114,15 @@ def test_dapo_trains_on_groups_with_a_signal_alone(tmp_path: Path) -> None:
     assert all(0 < row["groups_with_signal"] <= 1 for row in metrics)
 
 
+def test_dapo_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """How many prompts a step draws depends on what they gave; the next step starts behind them."""
+    overrides = (*DAPO, "algorithm.generation_batch_size=3", "optimizer.lr_decay_style=constant")
+    whole = written(run_stage("rlvr", tmp_path / "whole", *overrides, "trainer.max_steps=4"))
+    run_stage("rlvr", tmp_path / "cut", *overrides, "trainer.max_steps=3")
+    assert written(run_stage("rlvr", tmp_path / "cut", *overrides, "trainer.max_steps=4")) == whole
+    assert len({row["dynamic_sampling/generation_batches"] for row in whole[0]}) > 1
+
+
 def test_the_overlong_penalty_lowers_the_reward(tmp_path: Path) -> None:
     with trainer_of("rlvr", tmp_path, "algorithm.overlong_buffer_length=24") as trainer:
         rollouts, _ = sampled(trainer)
