@@ -139,7 +139,7 @@ def compare(
 
 
 def sign_test(better: int, worse: int) -> float:
-    """The probability of a split at least as uneven as this one, to either side, if better and worse are equally likely; exact."""
+    """The probability of a split at least as uneven, to either side, if better and worse are equally likely; exact."""
     total = better + worse
     tail = sum(math.comb(total, count) for count in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**total)

@@ -152,7 +152,7 @@ def option_lines(options: Sequence[str]) -> str:
 
 def option_answers(letter: str, options: Sequence[str]) -> tuple[str, ...]:
     """The other ways to give the option `letter`: its text, where no other option has it and it cannot be taken for a letter."""
-    place = LETTERS.find(letter)
+    place = LETTERS.find(letter) if len(letter) == 1 else -1
     if not 0 <= place < len(options):
         return ()
     text = options[place].strip()
