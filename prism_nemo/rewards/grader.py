@@ -9,6 +9,7 @@ from prism_nemo.config.schema import RewardConfig
 from prism_nemo.data.records import Record
 from prism_nemo.errors import DataError
 from prism_nemo.rewards.format import parse_response
+from prism_nemo.rewards.judge import Judge
 from prism_nemo.rewards.question import AnswerKind, Question
 from prism_nemo.rewards.registry import Reward, custom_reward, reward_function
 from prism_nemo.rewards.verifier import Verifier
@@ -17,13 +18,14 @@ from prism_nemo.rewards.verifier import Verifier
 class Grader:
     """Grades responses; open while a run lasts.
 
-    Raises ConfigError for a reward that does not exist.
+    Raises ConfigError for a reward that does not exist, and for a judge without a key.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._custom = reward_function(config.name)
         self._verifier = Verifier(config)
+        self._judge = Judge(config.judge) if config.judge.enabled else None
 
     def __enter__(self) -> Grader:
         return self
@@ -34,7 +36,8 @@ class Grader:
     def grade(self, responses: Sequence[str], records: Sequence[Record]) -> list[Reward | None]:
         """What each response earns against its record's verified answer; None where the record has none.
 
-        Raises DataError, naming the record, for an unverifiable answer, an unknown kind, and a custom reward that fails.
+        Raises DataError, naming the record, for an unverifiable answer, an unknown kind, and a custom reward that fails;
+        EndpointError for a judge that cannot be asked.
         """
         questions: dict[int, Question] = {}  # by response, where there is something to decide
         for index, (response, record) in enumerate(zip(responses, records, strict=True)):
@@ -42,6 +45,7 @@ class Grader:
             if record.answer is not None and parsed is not None:
                 questions[index] = _question(parsed.answer, record)
         verdicts = dict(zip(questions, self._verifier.verdicts(list(questions.values())), strict=True))
+        verdicts |= self._judged({index: questions[index] for index, right in verdicts.items() if not right}, records)
         return [
             None if record.answer is None else self._reward(response, record, verdicts.get(index))
             for index, (response, record) in enumerate(zip(responses, records, strict=True))
@@ -56,7 +60,20 @@ class Grader:
             "timeouts": counts.timeouts,
             "crashes": counts.crashes,
         }
+        if self._judge is not None:
+            judged = self._judge.take_counts()
+            asked = judged.pop("CORRECT"), judged.pop("WRONG")
+            shares |= {"judged": sum(asked), "judged_correct": asked[0], "without_verdict": sum(judged.values())}
         return {f"rewards/{name}": (float(share), float(counts.graded)) for name, share in shares.items()}
+
+    def _judged(self, questions: dict[int, Question], records: Sequence[Record]) -> dict[int, bool]:
+        """What the judge says of answers that the rules call wrong; where it says nothing, they stay wrong."""
+        if self._judge is None or not questions:
+            return {}
+        truths = [" or: ".join([question.truth, *question.equivalent_answers]) for question in questions.values()]
+        given = [question.given for question in questions.values()]
+        verdicts = self._judge.verdicts([records[index].prompt for index in questions], truths, given)
+        return {index: verdict is True for index, verdict in zip(questions, verdicts, strict=True)}
 
     def _reward(self, response: str, record: Record, correct: bool | None) -> Reward:
         """`correct` is None when the format is invalid."""
