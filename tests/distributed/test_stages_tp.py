@@ -86,6 +86,7 @@ CASES = {
     "rlvr_dapo_tp": Case("rlvr", (*SHORT, *DAPO), TP),
     "rlvr_dapo_dp": Case("rlvr", (*SHORT, *DAPO), DP),
     "rlvr_gspo_dp": Case("rlvr", (*SHORT, *GSPO), DP),
+    "rlvr_dr_grpo_dp": Case("rlvr", (*SHORT, "algorithm=dr_grpo"), DP),
     "align_mixed_tp": Case("align", (*SHORT, *MIXED), TP),
     "align_mixed_dp": Case("align", (*SHORT, *MIXED), DP),
 }
@@ -181,6 +182,8 @@ def test_a_stage_on_two_ranks_measures_what_one_rank_does(name: str, launched: l
         if any("num_mini_batches" in override for override in case.overrides):
             row.pop("ratio_is_one", None)  # whether a ratio near 1 is exactly 1 is a matter of rounding
     assert_same_metrics(metrics, expected_metrics, 1e-4)
+    if case.stage == "rlvr":  # before rounding has grown through updates, the loss over ranks is the loss of one
+        assert metrics[0]["loss"] == pytest.approx(expected_metrics[0]["loss"], rel=0, abs=1e-6)
     assert len(samples) == len(expected_samples)
     assert texts(samples) == texts(expected_samples)
 
