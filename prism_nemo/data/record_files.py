@@ -97,6 +97,11 @@ class RecordFiles:
         number = bisect_right(self._starts, index) - 1
         return self.files[number].read(index - self._starts[number], self.required)
 
+    def item(self, index: int) -> object:
+        """What the file holds for a record. Raises DataError where that is broken."""
+        number = bisect_right(self._starts, index) - 1
+        return self.files[number].items.read(index - self._starts[number])[0]
+
     def where(self, index: int) -> tuple[Path, int]:
         """The file of a record and its line or number there."""
         number = bisect_right(self._starts, index) - 1
