@@ -92,6 +92,11 @@ before a job
 evaluation
 {{evaluation}}
 
+data
+  data inspect     what data files hold
+  data validate    every broken record, with its id and the reason
+  data convert     data files of another kind
+
 checkpoints
   convert import   a HuggingFace directory to a checkpoint
   convert export   a checkpoint to a HuggingFace directory
@@ -155,13 +160,15 @@ def _prepare(arguments: list[str]) -> Callable[[], None]:
         return _prepare_stage(command, rest)
     if command == "convert":
         return _prepare_convert(rest)
+    if command == "data":
+        return _prepare_data(rest)
     if command == "plan":
         return _prepare_plan(rest)
     if command == "report":
         return _prepare_report(rest)
     if command == "compare":
         return _prepare_compare(rest)
-    known = [*STAGES, "convert", "plan", "report", "compare"]
+    known = [*STAGES, "convert", "data", "plan", "report", "compare"]
     close = difflib.get_close_matches(command, known, n=1)
     raise ConfigError(
         f"there is no command `{command}`",
@@ -200,6 +207,12 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
 
 def _prepare_convert(arguments: list[str]) -> Callable[[], None]:
     from prism_nemo.convert.arguments import prepare
+
+    return prepare(arguments, Parser)
+
+
+def _prepare_data(arguments: list[str]) -> Callable[[], None]:
+    from prism_nemo.data.command import prepare
 
     return prepare(arguments, Parser)
 
