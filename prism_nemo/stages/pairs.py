@@ -15,11 +15,11 @@ from typing import Any
 
 from prism_nemo.config.schema import PairsConfig
 from prism_nemo.config.validate import validate
+from prism_nemo.curate.pictures import Pictures
 from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.open import open_file
 from prism_nemo.data.record_files import fingerprint
-from prism_nemo.data.records import ImageSource, Record
-from prism_nemo.data.sources import video_item
+from prism_nemo.data.records import Record
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.batch import prompts_at_once
@@ -46,12 +46,13 @@ def run(config: PairsConfig) -> None:
         records = found.records[: config.limit_samples]
         made_of = {"list of records": fingerprint(records), "policy": str(opened.policy_directory)}
         parts = PartFiles(Path(config.experiment.dir) / PARTS, made_of, opened.runtime)
-        _sample(records, config, opened, parts)
+        pictures = Pictures(records, Path(config.experiment.dir))
+        _sample(records, pictures, config, opened, parts)
         opened.runtime.barrier()
-        _finish(config, opened, parts)
+        _finish(pictures, config, opened, parts)
 
 
-def _sample(records: Sequence[Record], config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
+def _sample(records: Sequence[Record], pictures: Pictures, config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
     """Does the records that are in no part yet, as many at a time as are decoded together."""
     runtime = opened.runtime
     tally = BadTally(max_share=config.data.max_bad_sample_share, num_records=len(records))
@@ -66,21 +67,22 @@ def _sample(records: Sequence[Record], config: PairsConfig, opened: SamplingRun,
     ]
     at_once = prompts_at_once(config.rollout)
     for start in range(0, runtime.max_over_data_parallel(-(-len(mine) // at_once)) * at_once, at_once):
-        rows = _rows({number: records[number] for number in mine[start : start + at_once]}, config, opened)
+        rows = _rows({number: records[number] for number in mine[start : start + at_once]}, pictures, config, opened)
         parts.append(rows)
         bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
         settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=opened.experiment)
         opened.stop_if_told()
 
 
-def _rows(records: dict[int, Record], config: PairsConfig, opened: SamplingRun) -> list[dict[str, Any]]:
+def _rows(records: dict[int, Record], pictures: Pictures, config: PairsConfig, opened: SamplingRun) -> list[dict[str, Any]]:
     """What each record, by its number, gives: its pairs and how many rollouts made none, or why it cannot be used."""
     rows: dict[int, dict[str, Any]] = {}
     batch: list[tuple[Record, EncodedPrompt]] = []
     for number, record in records.items():
         try:
-            shared = _shared_fields(record, image_root(config))
-            batch.append((record, opened.sampler.encoder.encode_prompt(record)))
+            prompt = opened.sampler.encoder.encode_prompt(record)
+            shared = _shared_fields(record, pictures)
+            batch.append((record, prompt))
             rows[number] = {"record": number, "shared": shared, "pairs": [], "invalid": 0}
         except DataError as error:
             rows[number] = {"record": number, "bad": asdict(BadRecord.from_error(record.id, f"record {record.id}", error))}
@@ -98,37 +100,19 @@ def _rows(records: dict[int, Record], config: PairsConfig, opened: SamplingRun) 
     return list(rows.values())
 
 
-def _shared_fields(record: Record, root: Path) -> dict[str, Any]:
+def _shared_fields(record: Record, pictures: Pictures) -> dict[str, Any]:
     """What the pairs of a record have in common, in the pairwise form that the readers take."""
     system = {"system": record.metadata["system"]} if "system" in record.metadata else {}
-    videos = [video_item(video, lambda file: _relative(file, root)) for video in record.videos]
     return {
         **system,
-        **({"videos": videos} if videos else {}),
         "id": record.id,
         "prompt": record.prompt,
-        "images": [_relative(image, root) for image in record.images],
+        **pictures.fields(record),
         "teacher_response": record.response,
     }
 
 
-def image_root(config: PairsConfig) -> Path:
-    """The folder that the pairs' image paths start from, for `data.image_root` of the warm-up."""
-    assert config.data.train is not None
-    return (Path(config.data.image_root) if config.data.image_root else Path(config.data.train).parent).absolute()
-
-
-def _relative(image: ImageSource, root: Path) -> str:
-    """An image's path below the image root. Raises DataError where it has none."""
-    if image.path is None:
-        raise DataError("the record's images are inside the data file", remedy="write them to files and give paths")
-    for path, folder in ((image.path, root), (image.path.resolve(), root.resolve())):  # as written, and where links lead
-        if path.is_relative_to(folder):
-            return str(path.relative_to(folder))
-    raise DataError("the image lies outside the image root", where=str(image.path), remedy="set data.image_root")
-
-
-def _finish(config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
+def _finish(pictures: Pictures, config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
     """Puts the parts together and takes them away."""
     result = Path(config.experiment.dir) / RESULT
     counts = {"pairs": 0, "invalid_rollouts": 0, "bad_records": 0}
@@ -149,7 +133,7 @@ def _finish(config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
         left_out = (
             f"{counts['invalid_rollouts']} rollouts of invalid format and {counts['bad_records']} unusable records left out"
         )
-        print(f"{counts['pairs']} pairs in {result}, {left_out}; images are below {image_root(config)}", flush=True)
+        print(f"{counts['pairs']} pairs in {result}, {left_out}; images are below {pictures.root}", flush=True)
 
 
 def _lines(parts: PartFiles) -> Iterator[str]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.stages import run_stage, tiny_task, trained_discriminator, trained_policy, written
 
@@ -200,3 +202,23 @@ def test_the_commands_of_the_readme_follow_on_each_other(data: Path, monkeypatch
     for stage in ("warmup", "align"):
         run_stage(stage, Path("unused"), held_out, "trainer.max_steps=1", *given[stage])
     assert (data / "runs" / "align" / "checkpoints" / "latest").exists()
+
+
+def test_images_inside_the_data_file_become_files_that_the_warm_up_finds(whole: Path, tmp_path: Path) -> None:
+    """The same records as parquet with bytes: the same pairs, and a warm-up that needs to be told nothing of images."""
+    lines = [json.loads(line) for line in (tiny_task().data.teacher).read_text().splitlines()[:24]]
+    for line in lines:
+        line["images"] = [{"bytes": (tiny_task().data.root / image).read_bytes(), "path": None} for image in line["images"]]
+    columns = ("id", "messages", "images", "answer", "caption", "probe_response")
+    table = pa.Table.from_pylist([{name: line[name] for name in columns} for line in lines])
+    pq.write_table(table, tmp_path / "teacher.parquet")
+    run = run_stage("pairs", tmp_path / "run", *SMALL_BATCHES, f"data.train={tmp_path / 'teacher.parquet'}")
+    without_images = [{name: value for name, value in pair.items() if name != "images"} for pair in pairs(run)]
+    assert without_images == [{name: value for name, value in pair.items() if name != "images"} for pair in pairs(whole)]
+    for pair, expected in zip(pairs(run), pairs(whole), strict=True):
+        assert (run / pair["images"][0]).read_bytes() == (tiny_task().data.root / expected["images"][0]).read_bytes()
+    files = [file for file in (run / "images").rglob("*") if file.is_file()]
+    assert len(files) == len({pair["images"][0] for pair in pairs(run)}) < len(pairs(run))
+    given = (f"data.train={run / 'pairs.jsonl'}", "data.image_root=null", "trainer.max_steps=1")
+    run_stage("warmup", tmp_path / "warmup", *given)
+    assert (tmp_path / "warmup" / "checkpoints" / "latest").exists()
