@@ -177,3 +177,39 @@ def test_without_matplotlib_the_remedy_is_named(pipeline: Path, monkeypatch: pyt
     with pytest.raises(PrismError, match="needs matplotlib") as error:
         draw_curves(pipeline, pipeline / "curves.png")
     assert error.value.remedy == "pip install 'prism-nemo[report]'"
+
+
+# An evaluation
+
+EVALUATED = {
+    "accuracy": 0.5,
+    "pass@4": 0.75,
+    "num_prompts": 8,
+    "num_responses": 32,
+    "intervals": {"accuracy": [0.25, 0.75]},
+    "categories": {"a|b": {"num_prompts": 8, "accuracy": 0.5}},
+    "benchmark": {"name": "wemath", "accuracy": 0.25, "problems": 525, "strict": {"score": 0.125}},
+    "greedy": {"accuracy": 0.625, "benchmark": {"name": "wemath", "accuracy": 0.5}},
+}
+
+
+def test_an_evaluation_is_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATED))
+    command.run(tmp_path)
+    shown = capsys.readouterr().out
+    assert "[0.2500, 0.7500]" in shown and "strict/score" in shown
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| accuracy | 0.5000 | [0.2500, 0.7500] | 0.6250 | – |" in markdown
+    assert "| pass@4 | 0.7500 | – | – | – |" in markdown
+    assert "| wemath | sampled | greedy |" in markdown
+    assert "| problems | 525 | – |" in markdown and "| strict/score | 0.1250 | – |" in markdown
+    assert "| a\\|b | 8 | 0.5000 |" in markdown
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_an_evaluation_without_greedy_or_categories(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps({"format_rate": 1.0, "num_prompts": 1}))
+    command.run(tmp_path)
+    assert (
+        tmp_path / "report.md"
+    ).read_text() == "|  | sampled | 95% interval |\n| --- | ---: | ---: |\n| format_rate | 1.0000 | – |\n"
