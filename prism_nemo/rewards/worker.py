@@ -1,8 +1,9 @@
 """`python -m prism_nemo.rewards.worker`: decides questions that need computer algebra, one JSON line in, one out.
 
 It holds itself to its limits, so that nothing has to watch it: processor time per question by a timer that raises and, where
-code in C does not come back to the interpreter, by RLIMIT_CPU, which kills; memory by RLIMIT_AS. It ends with its parent: when standard
-input closes, and when it finds itself with another parent. Signals that are meant for the run (interrupts, SLURM's) do nothing.
+code in C does not come back to the interpreter, by RLIMIT_CPU, which kills; memory by RLIMIT_AS. It ends with its parent: when
+standard input closes, and when it finds itself with another parent. Signals that are meant for the run (interrupts, SLURM's) do
+nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""Answers to multiple choice: the letters that were chosen, and the text behind one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_LETTER = r"(?:\((?P<round>[A-Ja-j])\)|\[(?P<square>[A-Ja-j])\]|\{(?P<curly>[A-Ja-j])\}|(?P<bare>[A-Ja-j]))"
+_ONE = re.compile(rf"(?:(?i:the\s+)?(?i:option|choice|answer)\s+)?{_LETTER}(?P<delimiter>[.:)]|\s-(?=\s))?(?:\s+(?P<text>\S.*))?")
+_SAID = re.compile(
+    r"(?:(?i:option|choice|answer)\s+)?\(?(?P<letter>[A-J])\)?(?:,?\s+(?i:because|since)\b.*"
+    r"|\s+(?i:is)\s+(?i:the\s+)?(?i:correct|right|best)(?:\s+(?i:answer|option|choice))?)"
+)
+_BEHIND = re.compile(r"(?P<text>[^()]*\S)\s+\(\s*(?:(?i:option|choice)\s+)?(?P<letter>[A-J])\)")
+_SEVERAL = re.compile(r"[(\[]?([A-Ja-j])[)\]]?(?:\s*(?:[,;&/]|\band\b|\s)\s*(?:and\s+)?[(\[]?[A-Ja-j][)\]]?)+")
+_JOINED = re.compile(r"[A-J]{2,6}")
+_LABEL = re.compile(r"(?<![^\s,;(])\(?([A-J])[.:)](?=\s|$)")
+_ANOTHER = re.compile(r"\b(?:or|and|not)\s+\(?[A-Ja-j]\)?(?![\w'])|^(?:or|and)\b|^[/&|,]|^\(?[A-Ja-j]\)?$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    letters: frozenset[str]  # upper case
+    text: str = ""  # what stands with a single letter, or nothing
+
+
+def parse_choice(text: str) -> Choice | None:
+    """A choice, from an answer in normal form that is nothing else; None where it is not clear what was chosen."""
+    labels = _LABEL.findall(text)
+    if len(set(labels)) > 1 and _LABEL.match(text):  # "A. red, C. blue"
+        return Choice(frozenset(labels))
+    found = _ONE.fullmatch(text)
+    if found is not None:
+        bare, behind = found["bare"], found["text"] or ""
+        letter = found["round"] or found["square"] or found["curly"] or bare
+        clear = not behind or not bare or found["delimiter"]  # "a dog" is no choice
+        if clear and not _ANOTHER.search(behind):
+            return Choice(frozenset(letter.upper()), behind)
+    said = _SAID.fullmatch(text)
+    if said is not None:
+        return Choice(frozenset(said["letter"]))
+    if _SEVERAL.fullmatch(text) and "/" not in text:
+        return Choice(frozenset(re.findall(r"(?<![A-Za-z])[A-J]|(?<![A-Za-z])[a-j](?![A-Za-z])", text.upper())))
+    if _JOINED.fullmatch(text) and len(set(text)) == len(text):
+        return Choice(frozenset(text))
+    behind_text = _BEHIND.fullmatch(text)
+    if behind_text is not None and not re.search(r"\bor\b|\bnot\b", behind_text["text"]):
+        return Choice(frozenset(behind_text["letter"]), behind_text["text"])
+    return None
+
+
+def is_choice(truth: str, choice: Choice) -> bool:
+    """Whether a truth that reads as this choice is one: `AC` is, `CA`, `BE` in a text and `(a) 5 (b) 6` may not be."""
+    if len(choice.letters) == 1:
+        return len(truth) > 1 or truth.upper() in choice.letters
+    return not _JOINED.fullmatch(truth) or list(truth) == sorted(truth)
