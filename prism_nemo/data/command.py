@@ -33,6 +33,7 @@ of all three
 inspect: forms, fields, images and their sizes, sources, answer kinds, lengths
   --limit N              records looked at, evenly spread (10000); 0: all
   --model DIR            count tokens too, images included, as this model's tokenizer and processor make them; they are remembered
+  --system-prompt TEXT   for these tokens, as data.system_prompt
   --row-tokens N         rows that the demonstrations would fill, as trainer.max_tokens_per_row (10240)
   --plot FILE.png        the lengths as a picture; needs the extra `report`
   --json                 everything, as JSON
@@ -82,6 +83,7 @@ def _parse(command: str, arguments: list[str], parser: argparse.ArgumentParser) 
     if command == "inspect":
         parser.add_argument("--limit", type=int, default=10_000)
         parser.add_argument("--model", type=Path)
+        parser.add_argument("--system-prompt")
         parser.add_argument("--row-tokens", type=int, default=10_240)
         parser.add_argument("--plot", type=Path)
     elif command == "validate":
@@ -121,6 +123,7 @@ def _data_config(options: argparse.Namespace, columns: dict[str, str]) -> DataCo
         image_root=str(options.image_root) if options.image_root else None,
         columns=columns,
         cache_dir=str(options.cache_dir) if options.cache_dir else None,
+        system_prompt=getattr(options, "system_prompt", None),
     )
 
 
