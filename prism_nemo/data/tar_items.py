@@ -140,19 +140,19 @@ def _item(members: Mapping[str, bytes]) -> tuple[object, str | None]:
         raise DataError(f"the sample {key!r:.80} has neither .json nor .txt", remedy="one of them says what is asked")
     images = sorted((number, suffix) for suffix in parts if (number := _image_number(suffix)) is not None)
     if images and isinstance(item, dict):
-        item = {**item, **_images(item, {suffix: parts[suffix] for _, suffix in images})}
+        item = {**item, **_images(item, {suffix: parts[suffix] for _, suffix in images}, str(key))}
     return item, key
 
 
-def _images(item: Mapping[str, Any], found: Mapping[str, bytes]) -> dict[str, Any]:
+def _images(item: Mapping[str, Any], found: Mapping[str, bytes], key: str) -> dict[str, Any]:
     """The record's images: those that it names, by their suffixes or whole names, or all that are there."""
     named = item.get("images") if item.get("images") is not None else item.get("image")
     if named is None or named == []:
         return {"images": [{"bytes": data} for data in found.values()]}
     chosen = []
     for name in named if isinstance(named, list) else [named]:
-        suffix = _split(name)[1].lower() if isinstance(name, str) and name not in found else name
-        if not isinstance(suffix, str) or suffix not in found:
+        suffix = name.removeprefix(f"{key}.").removeprefix(f"{key.rpartition('/')[2]}.").lower() if isinstance(name, str) else ""
+        if suffix not in found:
             raise DataError(f"the sample has no image {name!r:.80}", remedy=f"it has {', '.join(found)}")
         chosen.append({"bytes": found[suffix]})
     return {"images": chosen, "image": None}
