@@ -1,7 +1,8 @@
 """Parquet files: rows by their number, a row group at a time.
 
 A row group is the least that can be read, so the groups read last are kept, up to a number of bytes, and whoever wants rows in
-another order than the file's goes from block to block (`Block`).
+another order than the file's goes from block to block (`Block`). Bytes are as the footer tells them, uncompressed, for the cache
+and for the windows of a shuffled epoch alike: so a window's groups are all kept while it lasts.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class ParquetItems:
             raise DataError(
                 f"row group {group} cannot be read: {error}", where=str(self.path), remedy="copy or write the file again"
             ) from error
-        GROUPS.add((self._identity, group), table, table.nbytes)
+        GROUPS.add((self._identity, group), table, self.blocks[group].num_bytes)
         return table
 
 
