@@ -90,7 +90,7 @@ def read_run(directory: Path, decoding: str) -> dict[str, EvaluatedRecord]:
     if not rows:
         known = ", ".join(sorted(decodings)) or "no responses at all"
         raise PrismError(f"there are no {decoding} responses", where=str(file), remedy=f"--decoding, of which there are: {known}")
-    if "extracted" not in next(iter(rows.values()))[0]:
+    if "vote" not in next(iter(rows.values()))[0]:
         raise PrismError("the responses were written by an earlier release", where=str(file), remedy="evaluate again")
     if summary.get("num_prompts") != len(rows):
         raise PrismError(

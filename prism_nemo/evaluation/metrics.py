@@ -8,20 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prism_nemo.evaluation.samples import Answered, Sample
+from prism_nemo.evaluation.samples import Sample
 
 CONFIDENCE = 0.95
 _WORD = re.compile(r"\w+")
 
 PromptFigures = dict[str, tuple[float, float]]
 """By name, (sum, count) over one prompt's responses; count 0 where there is nothing to measure."""
-SameAnswer = Callable[[str, str, str | None], bool]
-"""Whether two given answers to one question are the same; the third argument is the record's `answer_kind`."""
 
 
 def powers_of_two(limit: int) -> list[int]:
@@ -39,24 +37,16 @@ def pass_at_k(num_samples: int, num_solved: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_solved, k) / math.comb(num_samples, k)
 
 
-def majority(samples: Sequence[Sample], same: Callable[[str, str], bool]) -> Sample | None:
-    """The response whose answer has the most votes; None where no response has an answer.
+def majority(samples: Sequence[Sample]) -> Sample | None:
+    """The first response with the answer that has the most votes; None where no response has an answer.
 
-    Answers in the order of sampling: each votes for the first earlier answer that it is the same as, or stands for itself. Of
-    answers with equally many votes the one that was given first wins. Responses of invalid format do not vote.
+    Of answers with equally many votes the one that was given first wins.
     """
-    candidates: list[Sample] = []
-    votes: list[int] = []
-    for sample in samples:
-        if sample.answer is None:
-            continue
-        place = next((i for i, one in enumerate(candidates) if same(sample.answer, one.answer or "")), None)
-        if place is None:
-            candidates.append(sample)
-            votes.append(1)
-        else:
-            votes[place] += 1
-    return candidates[votes.index(max(votes))] if votes else None
+    votes = Counter(sample.vote for sample in samples if sample.vote is not None)
+    if not votes:
+        return None
+    most = max(votes.values())
+    return samples[min(vote for vote, count in votes.items() if count == most)]
 
 
 def token_f1(given: str, truth: str) -> float:
@@ -71,9 +61,8 @@ def token_f1(given: str, truth: str) -> float:
     return 2.0 * shared / (words.total() + wanted.total())
 
 
-def prompt_figures(answered: Answered, ks: Sequence[int], same: SameAnswer) -> PromptFigures:
+def prompt_figures(samples: Sequence[Sample], ks: Sequence[int]) -> PromptFigures:
     """All figures of one prompt. Which names there are depends on `ks` alone."""
-    samples, record = answered.samples, answered.record
     figures = {
         "accuracy": _sum(sample.correct for sample in samples),
         "caption_accuracy": _sum(sample.caption_correct for sample in samples),
@@ -90,7 +79,7 @@ def prompt_figures(answered: Answered, ks: Sequence[int], same: SameAnswer) -> P
             figures[f"pass@{k}"] = figures[f"majority@{k}"] = (0.0, 0.0)
             continue
         figures[f"pass@{k}"] = (pass_at_k(len(samples), solved, k), 1.0)
-        winner = majority(samples[:k], lambda given, other: same(given, other, record.answer_kind))
+        winner = majority(samples[:k])
         figures[f"majority@{k}"] = (float(winner is not None and winner.solved), 1.0)
     return figures
 
@@ -128,11 +117,6 @@ def resampled_ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], *, 
         total, count = (weight * sums).sum(axis=0), (weight * counts).sum(axis=0)
         np.divide(total, count, out=draws[index], where=count > 0)
     return draws
-
-
-def rounded(figures: Mapping[str, float], digits: int = 4) -> str:
-    """Figures on one line, for people."""
-    return "  ".join(f"{name} {value:.{digits}f}" for name, value in figures.items())
 
 
 def _sum(values: object) -> tuple[float, float]:

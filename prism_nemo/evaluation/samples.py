@@ -18,6 +18,7 @@ class Sample:
     reward           what RLVR would give for it; None likewise
     caption_correct  whether the caption is the true one, up to white space; None where that is not known
     caption_f1       how many words caption and true caption share (`token_f1`); None likewise
+    vote             which of the responses to its prompt, from 0, gave this answer first (`votes_of`); None without an answer
     """
 
     valid: bool
@@ -28,6 +29,7 @@ class Sample:
     caption_f1: float | None
     tokens: int
     truncated: bool
+    vote: int | None
 
     @property
     def solved(self) -> bool:
@@ -46,6 +48,7 @@ class Sample:
             caption_f1=row["caption_f1"],
             tokens=row["tokens"],
             truncated=bool(row["truncated"]),
+            vote=row["vote"],
         )
 
 

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from prism_nemo.config.enums import Benchmark
-from prism_nemo.errors import DataError
 from prism_nemo.evaluation.benchmarks import score_benchmark
-from prism_nemo.evaluation.metrics import SameAnswer, bootstrap_intervals, means, powers_of_two, prompt_figures
+from prism_nemo.evaluation.metrics import bootstrap_intervals, means, powers_of_two, prompt_figures
 from prism_nemo.evaluation.samples import Answered, by_category
-from prism_nemo.rewards.question import AnswerKind, Question
-from prism_nemo.rewards.verifier import Verifier
-
-MAIN_FIGURES = ("accuracy", "caption_accuracy", "format_rate", "response_length", "truncated", "reward", "caption_f1")
 
 
 def summarize(
     answered: Sequence[Answered],
     *,
-    same: SameAnswer,
     pass_at_k: Sequence[int] = (),
     category: str = "category",
     bootstrap_samples: int = 1000,
@@ -38,7 +32,7 @@ def summarize(
     """
     num_samples = min((len(one.samples) for one in answered), default=0)
     ks = [k for k in (pass_at_k or powers_of_two(num_samples)) if k <= num_samples] if num_samples > 1 else []
-    figures = {id(one): prompt_figures(one, ks, same) for one in answered}
+    figures = {id(one): prompt_figures(one.samples, ks) for one in answered}
     prompts = [figures[id(one)] for one in answered]
     result: dict[str, Any] = {
         **means(prompts),
@@ -61,17 +55,3 @@ def summarize(
 def scalars(result: dict[str, Any]) -> dict[str, float]:
     """The figures of `summarize` alone, without counts, intervals and tables."""
     return {name: value for name, value in result.items() if isinstance(value, float)}
-
-
-def equality_of(verifier: Verifier) -> SameAnswer:
-    """Whether two given answers are the same by the rules of the reward. What is no answer by these rules is only itself."""
-
-    def same(given: str, other: str, kind: str | None) -> bool:
-        if given.strip() == other.strip():
-            return True
-        try:
-            return verifier.verdicts([Question(given, other, kind=None if kind is None else AnswerKind(kind))])[0]
-        except DataError:  # `other` is empty or too long to be compared
-            return False
-
-    return same

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from prism_nemo.data.stream import fingerprint
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.evaluation.metrics import token_f1
 from prism_nemo.evaluation.samples import Answered, Sample, category_of
-from prism_nemo.evaluation.summary import equality_of, scalars, summarize
+from prism_nemo.evaluation.summary import scalars, summarize
+from prism_nemo.evaluation.votes import votes_of
 from prism_nemo.rewards.grader import Grader
 from prism_nemo.rewards.verifier import Verifier
 from prism_nemo.rollout.batch import RolloutBatch
@@ -41,7 +43,11 @@ def run(config: EvalConfig) -> None:
     command goes on.
     """
     validate(config)
-    with Grader(config.reward) as grader, open_sampling_run("eval", config, grader=grader) as opened:
+    with (
+        Grader(config.reward) as grader,
+        Verifier(config.reward) as verifier,
+        open_sampling_run("eval", config, grader=grader) as opened,
+    ):
         prompts = HeldOutPrompts(opened.sampler, config.data, limit=config.limit_samples, benchmark=config.benchmark)
         records = prompts.records.all
         made_of = {
@@ -54,7 +60,11 @@ def run(config: EvalConfig) -> None:
         opened.runtime.barrier()  # all have read before any writes
         decodings = _decodings(config)
         for place, (name, rollout) in enumerate(decodings.items()):
-            _sample(name, rollout, prompts, parts, done, place * len(records), config, opened)
+            first = place * len(records)  # record i is number `first + i` in the parts
+            for numbers, batch in prompts.sample(rollout, done={number - first for number in done}):
+                rows = _rows(name, batch, config, _votes(batch, verifier, opened))
+                parts.append([{"record": first + number, "samples": rows[place]} for place, number in enumerate(numbers)])
+                opened.stop_if_told()
         opened.runtime.barrier()
         if opened.runtime.is_main:
             _write(list(decodings), records, parts, config, opened)
@@ -69,27 +79,17 @@ def _decodings(config: EvalConfig) -> dict[str, RolloutConfig]:
     return decodings
 
 
-def _sample(
-    name: str,
-    rollout: RolloutConfig,
-    prompts: HeldOutPrompts,
-    parts: PartFiles,
-    done: set[int],
-    first: int,
-    config: EvalConfig,
-    opened: SamplingRun,
-) -> None:
-    """Responses of one way of decoding to the records that are in no part yet; record i is number `first + i` there."""
-    for numbers, batch in prompts.sample(rollout, done={number - first for number in done}):
-        rows: dict[int, list[dict[str, Any]]] = {number: [] for number in numbers}
-        for index, row in enumerate(_rows(name, batch, config)):
-            rows[numbers[batch.rollouts[index].prompt_index]].append(row)
-        parts.append([{"record": first + number, "samples": samples} for number, samples in rows.items()])
-        opened.stop_if_told()
+def _votes(batch: RolloutBatch, verifier: Verifier, opened: SamplingRun) -> list[list[int | None]]:
+    """`votes_of` for each prompt's responses. Decided by one of the ranks that hold one model."""
+    answers: list[list[str | None]] = [[] for _ in batch.records]
+    for rollout, parsed in zip(batch.rollouts, batch.parsed, strict=True):
+        answers[rollout.prompt_index].append(None if parsed is None else parsed.answer)
+    kinds = [record.answer_kind for record in batch.records]
+    return opened.runtime.share_from_leader(partial(votes_of, answers, kinds, verifier.verdicts))
 
 
-def _rows(name: str, batch: RolloutBatch, config: EvalConfig) -> list[dict[str, Any]]:
-    """The responses as lines of samples.jsonl."""
+def _rows(name: str, batch: RolloutBatch, config: EvalConfig, votes: list[list[int | None]]) -> list[list[dict[str, Any]]]:
+    """Each prompt's responses as lines of samples.jsonl."""
     records = [batch.record_of(index) for index in range(len(batch.texts))]
     captions = [None if parsed is None else parsed.caption for parsed in batch.parsed]
     columns: dict[str, list[Any]] = {
@@ -102,7 +102,11 @@ def _rows(name: str, batch: RolloutBatch, config: EvalConfig) -> list[dict[str, 
         "truncated": [rollout.finish_reason == "length" for rollout in batch.rollouts],
         "category": [category_of(record, config.category) for record in records],
     }
-    return [{"decoding": name, **row} for row in batch.samples(len(batch.texts), columns)]
+    rows: list[list[dict[str, Any]]] = [[] for _ in batch.records]
+    for rollout, row in zip(batch.rollouts, batch.samples(len(batch.texts), columns), strict=True):
+        group = rows[rollout.prompt_index]
+        group.append({"decoding": name, **row, "vote": votes[rollout.prompt_index][len(group)]})
+    return rows
 
 
 def _write(
@@ -123,16 +127,14 @@ def _write(
 
 
 def _result(answered: Sequence[Answered], config: EvalConfig) -> dict[str, Any]:
-    with Verifier(config.reward) as verifier:
-        return summarize(
-            answered,
-            same=equality_of(verifier),
-            pass_at_k=config.pass_at_k,
-            category=config.category,
-            bootstrap_samples=config.bootstrap_samples,
-            seed=config.runtime.seed,
-            benchmark=config.benchmark,
-        )
+    return summarize(
+        answered,
+        pass_at_k=config.pass_at_k,
+        category=config.category,
+        bootstrap_samples=config.bootstrap_samples,
+        seed=config.runtime.seed,
+        benchmark=config.benchmark,
+    )
 
 
 def _shown(result: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prism_nemo.data.records import Record
@@ -20,9 +21,16 @@ def sample(answer: str | None = "1", correct: float | None = 1.0, **fields: Any)
         "caption_f1": None,
         "tokens": 10,
         "truncated": False,
+        "vote": None,
     }
     return Sample(**{**values, **fields})
 
 
+def voting(*samples: Sample) -> tuple[Sample, ...]:
+    """The same with votes for equal texts."""
+    texts = [each.answer for each in samples]
+    return tuple(replace(each, vote=None if each.answer is None else texts.index(each.answer)) for each in samples)
+
+
 def answered(name: str, *samples: Sample, **fields: Any) -> Answered:
-    return Answered(Record(id=name, prompt="?", answer="1", **fields), samples)
+    return Answered(Record(id=name, prompt="?", answer="1", **fields), voting(*samples))

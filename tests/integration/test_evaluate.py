@@ -14,6 +14,7 @@ import pytest
 from helpers.stages import HELD_OUT, run_stage, tiny_task, written
 
 from prism_nemo.errors import ConfigError, PrismError
+from prism_nemo.experiment import Experiment
 from prism_nemo.stages.parts import PartFiles
 
 SMALL_BATCHES = "rollout.max_batch_size=5"  # of twelve prompts
@@ -76,7 +77,7 @@ def stop_behind_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.parametrize("batch", [2, 7])
 def test_a_stopped_evaluation_goes_on(batch: int, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the second of six sampled batches, and behind the first of two greedy ones; a line of the next one was being written."""
+    """Behind the second of six sampled batches, and the first of two greedy ones; a line of the next one was being written."""
     handler = signal.getsignal(signal.SIGTERM)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -106,6 +107,31 @@ def test_a_stopped_evaluation_goes_on(batch: int, several: Path, tmp_path: Path,
     assert written(run) == written(several)
     assert evaluation(run) == evaluation(several)
     assert not (run / "parts").exists()
+
+
+def test_a_run_that_died_as_it_wrote_its_results_writes_them_again(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the samples were written; no prompt is sampled again."""
+    log_samples = Experiment.log_samples
+    calls = []
+
+    def log_and_die(self: Experiment, *arguments: Any) -> None:
+        log_samples(self, *arguments)
+        calls.append(arguments)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "log_samples", log_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("eval", run, *SEVERAL)
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 40 and not (run / "evaluation.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFiles, "append", lambda *_: pytest.fail("sampled again"))
+        run_stage("eval", run, *SEVERAL)
+    assert written(run) == written(several) and evaluation(run) == evaluation(several)
 
 
 def test_a_stopped_evaluation_does_not_go_on_with_other_truths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,7 @@ def write_run(folder: Path, *correct: int, decodings: tuple[str, ...] = ("sample
             "valid": bool(value),
             "tokens": 7,
             "truncated": False,
+            "vote": 0,
             **fields,
         }
         for decoding in decodings

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from helpers.evaluations import answered, sample
+from helpers.evaluations import answered, sample, voting
 
 from prism_nemo.config.schema import RewardConfig
 from prism_nemo.evaluation.metrics import (
@@ -21,12 +22,10 @@ from prism_nemo.evaluation.metrics import (
     token_f1,
 )
 from prism_nemo.evaluation.samples import by_category, category_of
-from prism_nemo.evaluation.summary import equality_of, scalars, summarize
+from prism_nemo.evaluation.summary import scalars, summarize
+from prism_nemo.evaluation.votes import votes_of
+from prism_nemo.rewards.question import Question
 from prism_nemo.rewards.verifier import Verifier
-
-
-def same_text(given: str, other: str, kind: str | None = None) -> bool:
-    return given == other
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -58,47 +57,53 @@ def test_powers_of_two_end_with_the_number_itself() -> None:
 
 
 def test_the_majority_counts_votes() -> None:
-    votes = [sample("a", 0), sample("b", 1), sample("b", 1), sample(None)]
-    winner = majority(votes, same_text)
-    assert winner is votes[1]
+    votes = voting(sample("a", 0), sample("b", 1), sample("b", 1), sample(None))
+    assert majority(votes) is votes[1]
 
 
 def test_of_equally_many_votes_the_answer_given_first_wins() -> None:
     first, second = sample("a", 0), sample("b", 1)
-    assert majority([first, second], same_text) is first
-    assert majority([second, first], same_text) is second
-    assert majority([first, second, second, first], same_text) is first
-    assert majority([sample(None), second, first, first, second], same_text) is second
+    for order in ([first, second], [first, second, second, first], [first, sample(None), second]):
+        winner = majority(voting(*order))
+        assert winner is not None and winner.answer == "a"
+    for order in ([second, first], [sample(None), second, first, first, second]):
+        winner = majority(voting(*order))
+        assert winner is not None and winner.answer == "b"
 
 
 def test_without_a_valid_response_there_is_no_majority() -> None:
-    assert majority([sample(None), sample(None)], same_text) is None
-    figures = prompt_figures(answered("p", sample(None), sample(None)), [1, 2], same_text)
-    assert figures["majority@2"] == (0.0, 1.0)
+    assert majority([sample(None), sample(None)]) is None
+    assert prompt_figures([sample(None), sample(None)], [1, 2])["majority@2"] == (0.0, 1.0)
 
 
 def test_votes_are_counted_by_the_equality_of_the_reward() -> None:
-    """1/2, 0.5 and \\frac{1}{2} are one answer, which outvotes two 2s."""
+    """1/2, 0.5 and \\frac{1}{2} are one answer, which outvotes two 2s; 2\\sqrt{3} is \\sqrt{12}, which takes algebra to see."""
+    answers = [["2", "1/2", "2", "0.5", None, r"$\frac{1}{2}$"], ["(B)", "A", "b", "B."], [r"2\sqrt{3}", "5", r"\sqrt{12}"], []]
     with Verifier(RewardConfig()) as verifier:
-        same = equality_of(verifier)
-        given = [sample("2", 0), sample("1/2", 1), sample("2", 0), sample("0.5", 1), sample(r"$\frac{1}{2}$", 1)]
-        winner = majority(given, lambda one, other: same(one, other, None))
-        assert winner is given[1]
-        assert same("(B)", "b", "choice") and not same("A", "B", "choice")
+        found = votes_of(answers, [None, "choice", None, None], verifier.verdicts)
+    assert found == [[0, 1, 0, 1, None, 1], [0, 1, 0, 0], [0, 1, 0], []]
 
 
-@pytest.mark.parametrize("hostile", [".", "$", "x" * 5000, "9" * 4000, "{" * 500, "\\frac{" * 200, "\x00"])
+@pytest.mark.parametrize("hostile", [".", "$", "x" * 5000, "9" * 4000, "{" * 500, "\\frac{" * 200, "\x00", "9^9^9^9^9^9"])
 def test_what_is_no_answer_is_the_same_as_itself_only(hostile: str) -> None:
     with Verifier(RewardConfig()) as verifier:
-        same = equality_of(verifier)
-        assert same(hostile, hostile, None)
-        assert not same("1", hostile, None)
-        assert not same(hostile, "1", None)
+        assert votes_of([["1", hostile, f" {hostile} ", "1"]], [None], verifier.verdicts) == [[0, 1, 1, 0]]
+
+
+def test_all_prompts_are_decided_at_once_and_equal_texts_not_at_all() -> None:
+    asked = []
+
+    def verdicts(questions: Sequence[Question]) -> list[bool]:
+        asked.append([(question.given, question.truth) for question in questions])
+        return [False] * len(questions)
+
+    assert votes_of([["a", "a ", "a"], ["a", "b", "c"]], [None, None], verdicts) == [[0, 0, 0], [0, 1, 2]]
+    assert asked == [[("b", "a"), ("c", "a"), ("c", "b")]]
 
 
 def test_majority_at_k_takes_the_first_k() -> None:
     one = answered("p", sample("a", 0), sample("b", 1), sample("b", 1), sample("b", 1))
-    figures = prompt_figures(one, [1, 2, 4], same_text)
+    figures = prompt_figures(one.samples, [1, 2, 4])
     assert [figures[f"majority@{k}"] for k in (1, 2, 4)] == [(0.0, 1.0), (0.0, 1.0), (1.0, 1.0)]
     assert [figures[f"pass@{k}"][0] for k in (1, 2, 4)] == [0.75, 1.0, 1.0]
 
@@ -125,7 +130,7 @@ def mixed() -> list:
 
 
 def test_what_is_not_known_does_not_count() -> None:
-    found = summarize(mixed(), same=same_text, bootstrap_samples=0)
+    found = summarize(mixed(), bootstrap_samples=0)
     assert found["accuracy"] == 1 / 4
     assert found["pass@1"] == 1 / 4 and found["pass@2"] == 1 / 2
     assert found["majority@2"] == 1 / 2  # the two responses to `a` are one answer
@@ -140,10 +145,10 @@ def test_what_is_not_known_does_not_count() -> None:
 
 
 def test_nothing_graded_and_nothing_at_all() -> None:
-    found = summarize([answered("a", sample(correct=None))], same=same_text)
+    found = summarize([answered("a", sample(correct=None))])
     assert "accuracy" not in found and "accuracy" not in found["intervals"]
     assert found["intervals"]["format_rate"] == [1.0, 1.0]
-    assert summarize([], same=same_text) == {"num_prompts": 0, "num_responses": 0}
+    assert summarize([]) == {"num_prompts": 0, "num_responses": 0}
 
 
 def test_a_category_is_metadata_or_the_source() -> None:
@@ -156,7 +161,7 @@ def test_a_category_is_metadata_or_the_source() -> None:
 
 
 def test_means_do_not_depend_on_the_order() -> None:
-    figures = [prompt_figures(answered(str(n), sample(correct=n % 3 / 7)), [], same_text) for n in range(100)]
+    figures = [prompt_figures([sample(correct=n % 3 / 7)], []) for n in range(100)]
     shuffled = figures[:]
     random.Random(0).shuffle(shuffled)
     assert means(figures) == means(shuffled)
@@ -209,5 +214,5 @@ def test_a_figure_of_few_prompts_is_resampled_where_it_was_measured() -> None:
 
 
 def test_scalars_are_the_figures_alone() -> None:
-    found = summarize(mixed(), same=same_text, bootstrap_samples=10)
+    found = summarize(mixed(), bootstrap_samples=10)
     assert scalars(found).keys() == found["intervals"].keys()
