@@ -40,7 +40,8 @@ class Endpoint:
         self.cache_hits = 0
         self._transport = Transport(config, section)
         self._cache = ReplyCache(cache_dir)
-        self._stopped = stopped
+        self._told_to_stop = stopped
+        self._closed = threading.Event()
         self._slots = threading.BoundedSemaphore(config.max_concurrency)
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[Reply]] = {}
@@ -73,6 +74,13 @@ class Endpoint:
         finally:
             with self._lock:
                 del self._under_way[key]
+
+    def close(self) -> None:
+        """Nothing more is sent from now on, by threads that wait for their next attempt either."""
+        self._closed.set()
+
+    def _stopped(self) -> bool:
+        return self._closed.is_set() or self._told_to_stop()
 
     def summary(self) -> str:
         """What was used so far, by all processes and runs that share the cache, for people."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prism_nemo.config.compose import dump_config
-from prism_nemo.config.schema import AlignConfig, EvalConfig, PairsConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.config.schema import AlignConfig, CurateConfig, EvalConfig, PairsConfig, RLVRConfig, SFTConfig, WarmupConfig
 from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
@@ -49,7 +49,7 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def open_experiment(stage: str, config: TrainingConfig | EvalConfig | PairsConfig, runtime: Runtime) -> Experiment:
+def open_experiment(stage: str, config: TrainingConfig | EvalConfig | PairsConfig | CurateConfig, runtime: Runtime) -> Experiment:
     """The run directory of a stage, made by the main rank before any other looks into it. A collective."""
     settings = config.experiment
     experiment = Experiment(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_nemo.config.schema import EvalConfig, PairsConfig
+from prism_nemo.config.schema import CurateConfig, EvalConfig, PairsConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.experiment import Experiment
@@ -44,8 +44,12 @@ def open_sampling_run(stage: str, config: EvalConfig | PairsConfig, *, grader: G
     ):
         experiment.rewind(0)
         directory = resolve_model_directory(Path(config.model.path), PolicyModel.name)
-        policy = PolicyModel(config.model, config.parallel, runtime)
-        encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
-        engine = build_engine(config.rollout, policy.chunks, device=runtime.device)
-        sampler = Sampler(engine, encoder, grader, runtime, config.runtime.seed)
-        yield SamplingRun(runtime, experiment, sampler, directory, signals)
+        yield SamplingRun(runtime, experiment, build_sampler(config, runtime, grader), directory, signals)
+
+
+def build_sampler(config: EvalConfig | PairsConfig | CurateConfig, runtime: Runtime, grader: Grader | None) -> Sampler:
+    """The policy of `model.path`, loaded, with its encoder and its engine. A collective."""
+    policy = PolicyModel(config.model, config.parallel, runtime)
+    encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
+    engine = build_engine(config.rollout, policy.chunks, device=runtime.device)
+    return Sampler(engine, encoder, grader, runtime, config.runtime.seed)
