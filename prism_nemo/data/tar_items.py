@@ -73,7 +73,9 @@ def _scan(path: Path, digest: Digest) -> Iterator[np.ndarray]:
         if not number:
             raise DataError(f"the file is not a tar archive: {error}", where=str(path)) from error
         damaged = samples[-1][1]
-    if damaged < size and not _is_end(path, damaged):
+    if damaged >= size and samples:  # without its closing block, the last sample may miss members: reading it tells
+        samples[-1] = (samples[-1][0], max(samples[-1][1], size + 1), number)
+    elif not _is_end(path, damaged):
         samples.append((damaged, size, number + 1))  # reading it tells that it is damaged
     yield np.array(samples, dtype=np.int64).reshape(-1, 3)
 
