@@ -159,7 +159,7 @@ class DataConfig:
 class TrainerConfig:
     """Steps, batches, validation and checkpoints."""
 
-    max_steps: int = MISSING  # optimizer steps of the whole stage
+    max_steps: int = MISSING  # steps of the whole stage, each of one batch (and of algorithm.num_mini_batches updates)
     global_batch_size: int = MISSING  # a step's SFT demonstrations, warm-up pairs, or align and RLVR prompts; all ranks together
     max_tokens_per_row: int = 10240  # a packed row, one micro-batch of one data-parallel rank, holds at most so many tokens
     val_check_interval: int = 0  # steps; 0: only at the end
