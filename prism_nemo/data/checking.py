@@ -36,7 +36,7 @@ STAGES = {  # what records need in each
     "rlvr": ("answer",),
     "eval": ("answer",),
 }
-_IN_FORMAT = ("warmup", "align")  # whose responses must be in the response format
+_IN_FORMAT = {"warmup": ("response", "student_response"), "align": ("response",)}  # responses of <caption>, <think>, <answer>
 _AT_ONCE = 512  # records of one piece of work
 _WARNINGS_SHOWN = 1000
 
@@ -77,11 +77,9 @@ def check_record(record: Record, checks: Checks) -> None:
             _check_image(frame, record.image_root, decode=checks.images)
     if record.answer is not None and checks.stage in (None, "align", "rlvr", "eval"):
         check_truth(record.answer)
-    if checks.stage in _IN_FORMAT:
-        for name in ("response", "student_response"):
-            text = getattr(record, name)
-            if text is not None and parse_response(text) is None:
-                raise DataError(f"the {name} is not <caption>…</caption> <think>…</think> <answer>…</answer>")
+    for name in _IN_FORMAT.get(checks.stage or "", ()):
+        if parse_response(getattr(record, name) or "") is None:
+            raise DataError(f"the {name} is not <caption>…</caption> <think>…</think> <answer>…</answer>")
 
 
 def find_problems(checks: Checks, *, workers: int = 1) -> Found:
