@@ -1,6 +1,6 @@
 """Prepares an exported policy and tasks of lmms-eval for each other; docs/evaluation.md says how the pieces go together.
 
-    python tools/lmms_eval.py template runs/rlvr/hf
+    python tools/lmms_eval.py template exported
     python tools/lmms_eval.py task .../lmms_eval/tasks/mathvista/mathvista_testmini_format.yaml
 
 `template` makes the exported model's chat template ask for the response format, whatever system prompt lmms-eval gives. `task`

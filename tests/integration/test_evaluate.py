@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from helpers.stages import HELD_OUT, run_stage, tiny_task, written
 
+import prism_nemo
 from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.stages.parts import PartFiles
 
+DOCUMENTATION = Path(prism_nemo.__file__).parent.parent / "docs" / "evaluation.md"
 SMALL_BATCHES = "rollout.max_batch_size=5"  # of twelve prompts
 SEVERAL = ("rollout.num_rollouts_per_prompt=4", "category=question")
 
@@ -48,6 +51,11 @@ def test_the_figures_are_those_of_the_samples(whole: Path) -> None:
         rewards = [0.7 * row["correct"] + 0.1 * row["valid"] for row in rows]
         assert figures["reward"] == pytest.approx(sum(rewards) / HELD_OUT, rel=1e-6)
     assert 0 < found["reward"] != found["greedy"]["reward"]
+
+
+def test_the_columns_of_the_samples_are_those_of_the_documentation(whole: Path) -> None:
+    (row,) = re.findall(r"^\| `samples.jsonl` \|(.*)\|$", DOCUMENTATION.read_text(), re.MULTILINE)
+    assert {*re.findall(r"`(\w+)`", row)} == {name for name in written(whole)[1][0] if name != "step"}
 
 
 def test_the_size_of_the_batches_changes_nothing(whole: Path, tmp_path: Path) -> None:
