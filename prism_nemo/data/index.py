@@ -38,10 +38,15 @@ Scan = Callable[[Path, Digest], Iterator[np.ndarray]]  # the spans of a file; wh
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """spans: int64 [records, 3] of (first byte, byte behind the last, number); digest: of the file's content."""
+    """spans: int64 [records, 3] of (first byte, byte behind the last, number); digest: of the file's content.
+
+    size, mtime_ns: the state of the file that was scanned.
+    """
 
     spans: np.ndarray
     digest: str
+    size: int
+    mtime_ns: int
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -55,8 +60,10 @@ def default_cache_dir() -> Path:
 def scan_in_memory(path: Path, scan: Scan) -> Index:
     """The index of a file, kept nowhere."""
     digest = hashlib.sha256()
+    key = _key_of(path)
     spans = np.concatenate([np.empty((0, 3), dtype=np.int64), *scan(path, digest)])
-    return Index(spans, digest.hexdigest())
+    _refuse_change(path, key)
+    return Index(spans, digest.hexdigest(), key["size"], key["mtime_ns"])
 
 
 def open_index(path: Path, scan: Scan, cache_dir: Path) -> Index:
@@ -93,6 +100,11 @@ def _key_of(path: Path) -> dict[str, Any]:
     return {"version": VERSION, "path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+def _refuse_change(path: Path, key: dict[str, Any]) -> None:
+    if _key_of(path) != key:
+        raise DataError("the data file changed while it was read", where=str(path), remedy="let it be finished first")
+
+
 def _build(file: Path, key: dict[str, Any], path: Path, scan: Scan) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.new")
     digest, crc, records = hashlib.sha256(), 0, 0
@@ -103,8 +115,7 @@ def _build(file: Path, key: dict[str, Any], path: Path, scan: Scan) -> None:
                 data = np.ascontiguousarray(spans, dtype=np.int64).tobytes()
                 out.write(data)
                 crc, records = zlib.crc32(data, crc), records + len(spans)
-            if _key_of(path) != key:
-                raise DataError("the data file changed while it was indexed", where=str(path), remedy="let it be finished first")
+            _refuse_change(path, key)
             header = json.dumps({**key, "records": records, "digest": digest.hexdigest(), "crc": crc}).encode()
             if len(header) >= _HEADER_BYTES:
                 raise DataError("the data file's path is too long", where=str(path))
@@ -127,11 +138,12 @@ def _load(file: Path, key: dict[str, Any]) -> Index | None:
         if size != _HEADER_BYTES + records * _ROW_BYTES:
             return None
         if records == 0:
-            return Index(np.empty((0, 3), dtype=np.int64), header["digest"])
+            return Index(np.empty((0, 3), dtype=np.int64), header["digest"], key["size"], key["mtime_ns"])
         spans = np.memmap(file, dtype=np.int64, mode="r", offset=_HEADER_BYTES, shape=(records, 3))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return Index(spans, header["digest"]) if zlib.crc32(spans.data) == header["crc"] else None
+    index = Index(spans, header["digest"], key["size"], key["mtime_ns"])
+    return index if zlib.crc32(spans.data) == header.get("crc") else None
 
 
 @contextlib.contextmanager

@@ -88,11 +88,10 @@ class SpannedFile:
     blocks: list[Block] | None = None
 
     def __init__(self, path: Path, index: Index) -> None:
-        status = path.stat()
         self.path = path
         self.digest = index.digest
         self._spans = index.spans
-        self._identity = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        self._identity = {"size": index.size, "mtime_ns": index.mtime_ns}
 
     def __len__(self) -> int:
         return len(self._spans)

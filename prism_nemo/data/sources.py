@@ -50,6 +50,9 @@ def read_content(content: object, root: Path, *, turn: str) -> Content:
     videos: list[VideoSource] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str):
+            what = f"of type {kind!r:.40}" if isinstance(part, Mapping) else kind_of(part)
+            raise DataError(f"a part of the {turn} turn is {what}", remedy="known types: text, image, video")
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in _PLACEHOLDERS:
@@ -59,8 +62,7 @@ def read_content(content: object, root: Path, *, turn: str) -> Content:
             elif part.get(kind) is not None:
                 videos.append(video_source(_video_part(part), root))
         else:
-            what = f"of type {kind!r}" if isinstance(part, Mapping) else kind_of(part)
-            raise DataError(f"a part of the {turn} turn is {what}", remedy="known types: text, image, video")
+            raise DataError(f"a part of the {turn} turn is of type {kind!r:.40}", remedy="known types: text, image, video")
     return Content("".join(texts), tuple(images), tuple(videos))
 
 

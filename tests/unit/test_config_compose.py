@@ -365,3 +365,29 @@ def test_every_key_has_a_comment() -> None:
     assert [key.name for schema in SCHEMAS.values() for key in keys(schema).values() if not key.comment] == []
     titles = {section.schema: section.title for schema in SCHEMAS.values() for section in sections(schema) if section.name}
     assert [schema for schema, title in titles.items() if re.match(r"\w+\(", title)] == []  # dataclass's own docstring
+
+
+def test_a_mixture_stands_in_the_place_of_training_data() -> None:
+    given = ["model.path=m", "experiment.dir=d", "data.mixture={a: {path: a.jsonl, weight: 2}, b: {path: b, columns: {id: uid}}}"]
+    config = load_config("rlvr", given)
+    assert isinstance(config, RLVRConfig)
+    assert config.data.train is None
+    assert {name: (source.path, source.weight) for name, source in config.data.mixture.items()} == {
+        "a": ("a.jsonl", 2.0),
+        "b": ("b", 1.0),
+    }
+    assert config.data.mixture["b"].columns == {"id": "uid"}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("{a: {weight: 2}}", "data.mixture.a.path"),
+        ("{a: {path: x, wait: 2}}", "wait"),
+        ("[a]", "expected mapping"),
+        ("{a: b}", "a"),
+    ],
+)
+def test_mixtures_that_are_none(mixture: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("rlvr", ["model.path=m", "experiment.dir=d", "data.train=null", f"data.mixture={mixture}"])

@@ -249,3 +249,21 @@ def test_blocks_are_shuffled_within_windows() -> None:
         assert len(windows) == 2
         assert len(windows[0]) == 2
     assert [order(position) for position in range(57, 60)] == epochs[3][:3]  # going back
+
+
+def test_the_printed_configuration_of_a_mixture_is_the_same_run(tmp_path: Path) -> None:
+    from prism_nemo.config.compose import dump_config, load_config
+    from prism_nemo.config.validate import validate
+
+    sources = {"a": {"path": str(write(tmp_path / "a.jsonl", [item(0)])), "weight": 0.5, "columns": {"id": "uid"}}}
+    given = ["model.path=m", "experiment.dir=d", "trainer.max_steps=1", f"data.mixture={json.dumps(sources)}", "data.train=null"]
+    config = load_config("sft", given)
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(dump_config(config))
+    assert load_config("sft", config_file=printed) == config
+    for broken, message in (({"path": "none.jsonl"}, "does not exist"), ({"weight": 0}, "weight is 0")):
+        bad = {"a": {**sources["a"], **broken}}
+        with pytest.raises(ConfigError, match=message):
+            validate(load_config("sft", [*given, f"data.mixture={json.dumps(bad)}"]))
+    with pytest.raises(ConfigError, match=r"both data\.train and data\.mixture"):
+        validate(load_config("sft", [*given, f"data.train={sources['a']['path']}"]))
