@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -619,3 +620,53 @@ def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
     (tmp_path / "testmini.tsv").write_text("")
     with pytest.raises(DataError, match="a benchmark's file ends in"):
         list(read_benchmark("mathvista", tmp_path / "testmini.tsv"))
+
+
+JUNK = (
+    None,
+    "",
+    "x",
+    0,
+    -1,
+    3.5,
+    True,
+    [],
+    ["a"],
+    {},
+    {"a": 1},
+    "[1,",
+    "['a', 'b']",
+    "<image>",
+    "../../etc/passwd",
+    "\0",
+    10**400,
+)
+GIVEN = (None, "A", "(B)", "yes", "1e999", "[1,2]", "\0", "(" * 300, "9" * 500, "nan", "", ".")
+
+
+def test_rows_of_junk_are_data_errors_or_records_that_can_be_scored(tmp_path: Path) -> None:
+    published = {
+        "mathvista": MATHVISTA,
+        "mathvision": [{**row, "image": "a.png"} for row in MATHVISION],
+        "mathverse": [mathverse_row(1, "Text Lite")],
+        "wemath": wemath_rows()[:7],
+        "mmmu": [mmmu_row("validation_Music_1")],
+        "mmmu_pro": [{**mmmu_row("test_Music_1"), "subject": "Music"}],
+        "hallusionbench": [hallusion_row(place, truth) for place, truth in HALLUSION.items()],
+    }
+    generator, outcomes = random.Random(0), {"records": 0, "errors": 0}
+    for _ in range(700):
+        name = generator.choice(list(published))
+        rows = [{column: value for column, value in row.items() if "bytes" not in str(value)} for row in published[name]]
+        row = generator.choice(rows)
+        row[generator.choice(list(row))] = generator.choice(JUNK)
+        path = write_json(tmp_path / f"{name}.json", rows)
+        try:
+            records = list(read_benchmark(name, path))
+        except DataError as error:
+            outcomes["errors"] += 1
+            assert error.where is not None and error.where.startswith(str(path))
+            continue
+        outcomes["records"] += 1
+        json.dumps(score_benchmark(name, [Answered(record, [sample(generator.choice(GIVEN), 0.0)]) for record in records]))
+    assert min(outcomes.values()) > 100, outcomes

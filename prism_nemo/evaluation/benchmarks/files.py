@@ -62,6 +62,31 @@ class Row:
             raise DataError(f"`{column}` is not a list", where=self.where)
         return [str(item) for item in value]
 
+    def integer(self, column: str) -> int:
+        """A column with a whole number, perhaps as a float; 0 where it is empty."""
+        value = self.values.get(column)
+        if value is None:
+            return 0
+        if not isinstance(value, int | float) or not -1e6 < value < 1e6 or value != int(value):
+            raise DataError(f"`{column}` is {value!r:.40}, not a whole number", where=self.where)
+        return int(value)
+
+    def fields(self, column: str) -> Mapping[str, Any]:
+        """A column with fields of its own; none where it is empty."""
+        value = self.values.get(column)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise DataError(f"`{column}` has no fields", where=self.where)
+        return value
+
+    def choice(self, column: str, known: Sequence[str]) -> str:
+        """A column with one of the known words."""
+        value = self.text(column)
+        if value not in known:
+            raise DataError(f"`{column}` is {value[:40]!r}", where=self.where, remedy=f"one of {', '.join(known)}")
+        return value
+
     def image(self, column: str) -> ImageSource | None:
         """A column with an image, as bytes or as a path below the image root; None where it is empty."""
         value = self.values.get(column)

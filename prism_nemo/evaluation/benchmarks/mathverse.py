@@ -36,8 +36,8 @@ def _record(row: Row) -> Record:
     options = _options(question)
     image = row.image("image")
     images = (image,) if image is not None else ()
-    about = row.values.get("metadata") or {}
-    choice = row.text("question_type") == "multi-choice"
+    about = row.fields("metadata")
+    choice = row.choice("question_type", ("multi-choice", "free-form")) == "multi-choice"
     return Record(
         id=row.text("sample_index"),
         prompt=with_images(row.text("query_cot", "") or question, images),

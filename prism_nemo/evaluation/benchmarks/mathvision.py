@@ -52,7 +52,7 @@ def _record(row: Row) -> Record:
         metadata={
             "category": row.text("subject", ""),
             "subject": row.text("subject", ""),
-            "level": row.values.get("level"),
+            "level": row.integer("level"),
             "options": options,
         },
     )

@@ -35,7 +35,8 @@ def read(path: Path, image_root: Path | None = None) -> Iterator[Record]:
 
 
 def _record(row: Row) -> Record:
-    kind, answer = row.text("question_type"), row.text("answer")
+    kind, answer = row.choice("question_type", ("multi_choice", "free_form")), row.text("answer")
+    answer_type = row.choice("answer_type", ("text", *_ASKED))
     choices = row.texts("choices")
     equivalent: tuple[str, ...] = ()
     truth = answer
@@ -46,7 +47,6 @@ def _record(row: Row) -> Record:
         equivalent = option_answers(truth, choices)
     image = row.image("decoded_image") or row.image("image")
     images = (image,) if image is not None else ()
-    about = row.values.get("metadata") or {}
     return Record(
         id=row.text("pid"),
         prompt=with_images(row.text("query", "") or _question(row, choices), images),
@@ -57,11 +57,11 @@ def _record(row: Row) -> Record:
         source="mathvista",
         image_root=row.root,
         metadata={
-            **about,
+            **row.fields("metadata"),
             "question_type": kind,
-            "answer_type": row.text("answer_type"),
+            "answer_type": answer_type,
             "choices": choices,
-            "precision": row.values.get("precision"),
+            "precision": row.integer("precision"),
             "published_answer": answer,
         },
     )
@@ -73,7 +73,8 @@ def _question(row: Row, choices: Sequence[str]) -> str:
     question = row.text("question") + (f" (Unit: {unit})" if unit else "")
     if choices:
         return f"{question}\n{option_lines(choices)}\nGive the letter of the right option as the answer."
-    return f"{question}\n{_ASKED[row.text('answer_type')].format(precision=int(row.values.get('precision') or 0))}"
+    asked = _ASKED.get(row.text("answer_type"), "")
+    return f"{question}\n{asked.format(precision=row.integer('precision'))}".strip()
 
 
 def right(result: Result) -> bool:
@@ -87,7 +88,7 @@ def right(result: Result) -> bool:
         if result.field("answer_type") == "integer":
             return str(int(float(given))) == truth
         if result.field("answer_type") == "float":
-            return str(round(float(given), int(result.field("precision") or 0))) == truth
+            return str(round(float(given), result.field("precision"))) == truth
     except (ValueError, OverflowError):
         return False
     return given == truth

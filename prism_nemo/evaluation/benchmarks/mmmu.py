@@ -60,7 +60,7 @@ def read(path: Path, image_root: Path | None = None) -> Iterator[Record]:
 def _record(row: Row) -> Record:
     subject = "_".join(row.text("id").split("_")[1:-1])
     options, answer = row.texts("options"), row.text("answer")
-    choice = row.text("question_type") == "multiple-choice"
+    choice = row.choice("question_type", ("multiple-choice", "open")) == "multiple-choice"
     answers = [answer]
     if choice and answer not in tuple(LETTERS[: len(options)]):
         raise DataError(f"the answer {answer[:80]!r} is no letter of the {len(options)} options", where=row.where)
