@@ -10,6 +10,7 @@ from prism_nemo.config.schema import AlignConfig, DataConfig, RLVRConfig, SFTCon
 from prism_nemo.data.bad_records import BadRecord, listing
 from prism_nemo.data.index import default_cache_dir
 from prism_nemo.data.order import EpochOrder, MixtureOrder
+from prism_nemo.data.parquet_items import refuse_large_groups
 from prism_nemo.data.paths import expand_paths
 from prism_nemo.data.readers import RecordSet, read_files, record_file
 from prism_nemo.data.record_files import JoinedRecords, RecordFile, RecordFiles, RecordList, RecordSource, UnusableRecord
@@ -117,6 +118,8 @@ def _open_source(
     in_memory = sum(file.stat().st_size for file in expand_paths(path)) <= data.index_above_mb * _MB
     files = data_files(path, data, in_memory=in_memory, image_root=image_root, columns=columns, source=name)
     if not in_memory:
+        for file in files if data.shuffle else ():
+            refuse_large_groups(file.items)
         records = RecordFiles(files, required=required)
         _probe(records, path)
         return records

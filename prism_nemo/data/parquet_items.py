@@ -2,7 +2,8 @@
 
 A row group is the least that can be read, so the groups read last are kept, up to a number of bytes, and whoever wants rows in
 another order than the file's goes from block to block (`Block`). Bytes are as the footer tells them, uncompressed, for the cache
-and for the windows of a shuffled epoch alike: so a window's groups are all kept while it lasts.
+and for the windows of a shuffled epoch alike: so a window's groups are all kept while it lasts. A group too large to be kept can
+be read in the file's order alone, some rows at a time.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prism_nemo.data.items import Block
+from prism_nemo.data.items import Block, ItemFile
 from prism_nemo.errors import DataError
 
 MAX_GROUP_BYTES = 2**30  # of one row group in memory
+_ROWS_AT_ONCE = 64  # of a larger one
+_BUFFER_BYTES = 2**20
 CACHED_BYTES = 256 * 2**20  # of the row groups that are kept
 
 
@@ -65,6 +70,7 @@ class ParquetItems:
         status = path.stat()
         self._identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
         self._starts = [0, *accumulate(block.items for block in self.blocks)]
+        self._place: _Place | None = None
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -76,13 +82,17 @@ class ParquetItems:
         import pyarrow as pa
 
         group = bisect_right(self._starts, index) - 1
+        row = index - self._starts[group]
+        assert self.blocks is not None
         try:
-            return self._group(group).slice(index - self._starts[group], 1).to_pylist()[0], None
+            if self.blocks[group].num_bytes > MAX_GROUP_BYTES:
+                return self._row_in_order(group, row), None
+            return self._group(group).slice(row, 1).to_pylist()[0], None
         except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, times out of range
             raise DataError(f"the row cannot be read: {error}", remedy="write the file again") from error
 
     def _group(self, group: int) -> Any:
-        """The row group as a table; raises DataError where it is damaged or too large."""
+        """The row group as a table; raises DataError where it is damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -90,21 +100,63 @@ class ParquetItems:
         if table is not None:
             return table
         assert self.blocks is not None
-        if self.blocks[group].num_bytes > MAX_GROUP_BYTES:
-            raise DataError(
-                f"row group {group} has {self.blocks[group].num_bytes} bytes, the limit is {MAX_GROUP_BYTES}",
-                where=str(self.path),
-                remedy="write it in smaller row groups: prism-nemo data convert FILE --out NEW.parquet",
-            )
         try:
             with pq.ParquetFile(self.path) as file:
                 table = file.read_row_group(group, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"row group {group} cannot be read: {error}", where=str(self.path), remedy="copy or write the file again"
-            ) from error
+            raise self._damaged(group, error) from error
         GROUPS.add((self._identity, group), table, self.blocks[group].num_bytes)
         return table
+
+    def _row_in_order(self, group: int, row: int) -> Any:
+        """A row of a group that is too large to be kept, going on from the row read before it."""
+        import pyarrow as pa
+
+        if self._place is None or self._place.group != group or row < self._place.first:
+            self._place = _Place(group, _batches(self.path, group))
+        place = self._place
+        try:
+            while row >= place.first + len(place.rows):
+                place.first += len(place.rows)
+                place.rows = next(place.batches)
+        except (pa.ArrowException, OSError, StopIteration) as error:
+            self._place = None
+            raise self._damaged(group, error) from error
+        return place.rows[row - place.first]
+
+    def _damaged(self, group: int, error: BaseException) -> DataError:
+        return DataError(
+            f"row group {group} cannot be read: {error}", where=str(self.path), remedy="copy or write the file again"
+        )
+
+
+@dataclass
+class _Place:
+    """How far a large row group has been read."""
+
+    group: int
+    batches: Iterator[list[Any]]
+    first: int = 0
+    rows: list[Any] = field(default_factory=list)
+
+
+def _batches(path: Path, group: int) -> Iterator[list[Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
+            yield batch.to_pylist()
+
+
+def refuse_large_groups(items: ItemFile) -> None:
+    """Raises DataError for a file whose row groups cannot be read in any order but the file's."""
+    for group, block in enumerate(items.blocks or ()):
+        if block.num_bytes > MAX_GROUP_BYTES:
+            raise DataError(
+                f"row group {group} has {block.num_bytes} bytes, and more than {MAX_GROUP_BYTES} cannot be shuffled",
+                where=str(items.path),
+                remedy="write smaller row groups: prism-nemo data convert FILE --out NEW.parquet; or data.shuffle=false",
+            )
 
 
 def _digest(path: Path, footer_bytes: int) -> str:

@@ -267,3 +267,18 @@ def test_the_printed_configuration_of_a_mixture_is_the_same_run(tmp_path: Path) 
             validate(load_config("sft", [*given, f"data.mixture={json.dumps(bad)}"]))
     with pytest.raises(ConfigError, match=r"both data\.train and data\.mixture"):
         validate(load_config("sft", [*given, f"data.train={sources['a']['path']}"]))
+
+
+def test_row_groups_too_large_for_memory_are_read_in_order(
+    items: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(write(tmp_path / "d.parquet", items))
+    expected = ids(opened(tmp_path, train=path, shuffle=False), 90)
+    monkeypatch.setattr(parquet_items, "MAX_GROUP_BYTES", 0)
+    monkeypatch.setattr(parquet_items, "_ROWS_AT_ONCE", 5)
+    with pytest.raises(DataError, match="cannot be shuffled") as caught:
+        opened(tmp_path, train=path)
+    assert "prism-nemo data convert" in (caught.value.remedy or "")
+    assert ids(opened(tmp_path, train=path, shuffle=False), 90) == expected
+    stream = opened(tmp_path, train=path, shuffle=False)
+    assert ids(stream, 90, 1, 2) == [batch[1::2] for batch in expected]
