@@ -274,6 +274,26 @@ def test_a_killed_run_pays_for_nothing_twice(tmp_path: Path, whole: tuple[Path, 
     assert results(run) == results(whole[0]) and report(run)["counts"] == report(whole[0])["counts"]
 
 
+def test_the_keyboard_ends_a_run_that_keeps_what_is_under_way(tmp_path: Path, whole: tuple[Path, list[Seen]]) -> None:
+    answer, run = teacher(sometimes), tmp_path / "run"
+    running: list[subprocess.Popen[bytes]] = []
+
+    def answer_or_interrupt(seen: Seen, number: int) -> Answer:
+        if number == 9:
+            running[0].send_signal(signal.SIGINT)
+        return answer(seen, number)
+
+    with chat_server(answer_or_interrupt) as server:
+        given = settings("curate", run, f"teacher.base_url={server.base_url}", "teacher.max_concurrency=3", *ALL, FEW)
+        running.append(subprocess.Popen([sys.executable, "-m", "prism_nemo", "curate", *given], stderr=subprocess.PIPE))
+        _, shown = running[0].communicate(timeout=300)
+        assert running[0].returncode == 130 and b"Traceback" not in shown and state(run) == "interrupted"
+        assert 9 <= len(server.seen) <= 20
+        curate(run, server, *ALL, FEW)  # how many are asked at a time makes no other run of it
+        assert max(Counter(json.dumps(seen.body) for seen in server.seen).values()) == 1
+    assert len(server.seen) == len(whole[1]) and results(run) == results(whole[0])
+
+
 def test_a_failing_endpoint_ends_the_run_and_it_goes_on(tmp_path: Path, whole: tuple[Path, list[Seen]]) -> None:
     answer = teacher(sometimes)
     with chat_server(lambda seen, number: Answer(status=503) if 5 < number < 25 else answer(seen, number)) as server:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -514,3 +518,75 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], where: str) -> N
 def test_addresses_that_can_be_used(url: str) -> None:
     check_endpoint(EndpointConfig(base_url=url, model="m"), "teacher")
     check_endpoint(EndpointConfig(base_url="http://node7:8000/v1", model="m", allow_http=True), "teacher")
+
+
+# TLS and proxies
+
+
+def tunnel(listener: socket.socket, told: list[bytes]) -> None:
+    """A proxy: connects to this machine, whatever host it is told, and notes what that was."""
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(1)
+        told.append(head)
+        upstream = socket.create_connection(("127.0.0.1", int(head.split(b" ")[1].rpartition(b":")[2])))
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for source, sink in ((client, upstream), (upstream, client)):
+            threading.Thread(target=copy, args=(source, sink), daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate of its own for `endpoint.test`, in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=endpoint.test"]
+    made += ["-addext", "subjectAltName=DNS:endpoint.test,DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(made, cwd=folder, check=True, capture_output=True)
+    (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
+    return folder / "both.pem"
+
+
+def test_https_directly_and_through_a_proxy(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(VARIABLE, KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    told: list[bytes] = []
+    with chat_server(echo) as server, socket.create_server(("127.0.0.1", 0)) as listener:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=tunnel, args=(listener, told), daemon=True).start()
+
+        def ask(host: str, text: str, **settings: Any) -> str:
+            config = endpoint_config(server, api_key_env=VARIABLE, **settings)
+            config.base_url = f"https://{host}:{server.server_port}/v1"
+            check_endpoint(config, "teacher")
+            return Endpoint(config, tmp_path, section="teacher").ask(message(text)).text
+
+        with pytest.raises(EndpointError, match="the endpoint's certificate is not to be trusted"):
+            ask("localhost", "a")
+        assert server.seen == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        monkeypatch.setenv("https_proxy", f"http://me:pass@127.0.0.1:{listener.getsockname()[1]}")
+        assert ask("localhost", "b") == "echo b" and told == [], "this machine is reached directly"
+        assert ask("endpoint.test", "c") == "echo c"
+        assert told[0].startswith(b"CONNECT endpoint.test:") and b"Proxy-Authorization: Basic bWU6cGFzcw==" in told[0]
+        assert KEY.encode() not in told[0] and server.seen[-1].headers["Authorization"] == f"Bearer {KEY}"
+        server.answer = lambda seen, number: Answer(write=silence)
+        with pytest.raises(EndpointError, match=r"no whole answer within 0\.5 seconds"):
+            ask("localhost", "d", timeout_seconds=0.5, max_attempts=1)
+        listener.shutdown(socket.SHUT_RDWR)
