@@ -120,7 +120,7 @@ Two evaluations of the same records, record by record: differences with confiden
 
   --decoding NAME   sampled (default) or greedy
   --common          leave out records that only one of the runs has
-  --json FILE       write the comparison there as JSON
+  --json FILE       write the comparison there as JSON; - prints it instead of the tables
 """
 
 

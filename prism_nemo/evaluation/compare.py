@@ -175,22 +175,25 @@ def _some(run: str, names: Sequence[str]) -> str:
 
 
 def run(run_a: Path, run_b: Path, *, decoding: str, common: bool, json_file: Path | None) -> None:
-    """Prints the comparison, and writes it as JSON where that is asked for."""
+    """Prints the comparison, and writes it as JSON where that is asked for; with `-` for a file it prints the JSON instead."""
     runs = {"A": run_a, "B": run_b}
     records = {name: read_run(directory, decoding) for name, directory in runs.items()}
     comparison = compare(records["A"], records["B"], common=common)
+    named = {name: str(directory) for name, directory in runs.items()}
+    content = json.dumps({"runs": named, "decoding": decoding, **asdict(comparison)}, indent=2, ensure_ascii=False)
+    if json_file == Path("-"):
+        print(content)
+        return
     console = Console()
     for name, directory in runs.items():
         responses = sum(len(record.samples) for record in records[name].values())
         about = f"{len(records[name])} records, {responses} {decoding} responses"
-        console.print(f"{name}  {directory}: {about}", soft_wrap=True, highlight=False)
+        console.print(f"{name}  {directory}: {about}", soft_wrap=True, highlight=False, markup=False)
     console.print(_table(comparison))
     for line in _flips(comparison):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
-        named = {name: str(directory) for name, directory in runs.items()}
-        content = {"runs": named, "decoding": decoding, **asdict(comparison)}
-        write_atomically(json_file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(json_file, content + "\n")
 
 
 def _table(comparison: Comparison) -> Table:

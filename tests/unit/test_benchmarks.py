@@ -604,7 +604,7 @@ def test_hostile_mmmu_rows(row: dict[str, Any], message: str, tmp_path: Path) ->
 
 def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a" / "train.parquet", MATHVISTA)
-    with pytest.raises(DataError, match="no file below this folder is one of testmini"):
+    with pytest.raises(DataError, match=r"no file below this folder is one of .*testmini"):
         list(read_benchmark("mathvista", tmp_path / "a"))
     (tmp_path / "testmini.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match="not readable parquet"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     assert found["better"] == ["record [0]", "record [2]"] and found["worse"] == ["record [1]"]
     assert found["figures"]["accuracy"]["difference"] == pytest.approx(1 / 3)
     assert found["runs"] == {"A": str(a), "B": str(b)}
+    assert cli.main(["compare", str(a), str(b), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
 
 
 @pytest.mark.parametrize(
@@ -161,3 +165,13 @@ def test_the_other_way_of_decoding(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(PrismError, match="there are no greedy responses") as caught:
         read_run(run, "greedy")
     assert "other, sampled" in str(caught.value)
+
+
+def test_comparing_needs_no_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "a", 0, 1)
+    code = f"import sys; from prism_nemo import cli; assert cli.main(['compare', {str(run)!r}, {str(run)!r}]) == 0"
+    code += "; sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["compare", "--help"]) == 0
+    assert "RUN_A RUN_B" in capsys.readouterr().out

@@ -25,7 +25,7 @@ _DECIMALS = 2
 
 def read(path: Path, image_root: Path | None = None) -> Iterator[Record]:
     """A folder with both splits is the test split; for testmini, name its file."""
-    for row in rows(path, r"(^|/)test[-.]", "testmini", image_root=image_root):
+    for row in rows(path, r"(^|/)test[-.]", r"(^|/)testmini", image_root=image_root):
         yield _record(row)
 
 

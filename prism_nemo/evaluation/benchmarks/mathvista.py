@@ -30,7 +30,7 @@ _ASKED = {
 
 
 def read(path: Path, image_root: Path | None = None) -> Iterator[Record]:
-    for row in rows(path, "testmini", image_root=image_root):
+    for row in rows(path, r"(^|/)testmini", image_root=image_root):
         yield _record(row)
 
 
