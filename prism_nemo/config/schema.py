@@ -239,7 +239,7 @@ class RewardConfig:
     accuracy_weight: float = 0.8  # of a correct answer
     format_weight: float = 0.2  # of a valid response
     num_workers: int = 2  # processes that decide what needs computer algebra; they start when first needed
-    time_limit_seconds: float = 1.0  # processor time for one answer; what takes longer is not equal
+    time_limit_seconds: float = 0.5  # processor time for one answer (5 ms is usual); what takes longer is not equal
     memory_limit_mb: int = 1024  # address space of one such process
     cache_size: int = 100_000  # decisions of theirs that are remembered
     judge: JudgeConfig = field(default_factory=JudgeConfig)

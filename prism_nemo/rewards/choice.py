@@ -12,7 +12,8 @@ _SAID = re.compile(
     r"|\s+(?i:is)\s+(?i:the\s+)?(?i:correct|right|best)(?:\s+(?i:answer|option|choice))?)"
 )
 _BEHIND = re.compile(r"(?P<text>[^()]*\S)\s+\(\s*(?:(?i:option|choice)\s+)?(?P<letter>[A-J])\)")
-_SEVERAL = re.compile(r"[(\[]?([A-Ja-j])[)\]]?(?:\s*(?:[,;&/]|\band\b|\s)\s*(?:and\s+)?[(\[]?[A-Ja-j][)\]]?)+")
+_SEPARATORS = re.compile(r"[\s,;&]+(?:and\s+)?|\s+")
+_SINGLE = re.compile(r"[(\[]?([A-Ja-j])[)\]]?")
 _JOINED = re.compile(r"[A-J]{2,6}")
 _LABEL = re.compile(r"(?<![^\s,;(])\(?([A-J])[.:)](?=\s|$)")
 _ANOTHER = re.compile(r"\b(?:or|and|not)\s+\(?[A-Ja-j]\)?(?![\w'])|^(?:or|and)\b|^[/&|,]|^\(?[A-Ja-j]\)?$")
@@ -39,8 +40,10 @@ def parse_choice(text: str) -> Choice | None:
     said = _SAID.fullmatch(text)
     if said is not None:
         return Choice(frozenset(said["letter"]))
-    if _SEVERAL.fullmatch(text) and "/" not in text:
-        return Choice(frozenset(re.findall(r"(?<![A-Za-z])[A-J]|(?<![A-Za-z])[a-j](?![A-Za-z])", text.upper())))
+    several = [_SINGLE.fullmatch(part) for part in _SEPARATORS.split(text, maxsplit=10)]
+    letters = [part[1].upper() for part in several if part]
+    if len(letters) == len(several) == len(set(letters)) > 1:
+        return Choice(frozenset(letters))
     if _JOINED.fullmatch(text) and len(set(text)) == len(text):
         return Choice(frozenset(text))
     behind_text = _BEHIND.fullmatch(text)

@@ -8,6 +8,7 @@ from types import TracebackType
 from prism_nemo.config.schema import RewardConfig
 from prism_nemo.data.records import Record
 from prism_nemo.errors import DataError
+from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rewards.format import parse_response
 from prism_nemo.rewards.judge import Judge
 from prism_nemo.rewards.question import AnswerKind, Question
@@ -101,4 +102,9 @@ def _question(given: str, record: Record) -> Question:
             where=f"record {record.id}",
             remedy="choose one of " + ", ".join(kind.value for kind in AnswerKind),
         ) from None
+    try:
+        for answer in (record.answer or "", *record.equivalent_answers):
+            check_truth(answer)
+    except DataError as error:
+        raise DataError(error.what, where=f"record {record.id}", remedy=error.remedy) from None
     return Question(given=given, truth=record.answer or "", equivalent_answers=record.equivalent_answers, kind=kind)

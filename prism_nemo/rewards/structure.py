@@ -25,7 +25,7 @@ _NAMED = re.compile(r"((?:[^\W\d]|\\[A-Za-z]|[∠△])[\w'{}\\∠△ ]{0,30}(?:\
 _NUMBERED = re.compile(
     r"(?:^|(?<=[\s;,.]))(?:\(\s*([1-9a-h]|i{1,3}|iv|v)\s*\)|([1-9])\)|(?:part\s+)([1-9a-h])[:.)])\s*", re.IGNORECASE
 )
-_RELATION = re.compile(r"\s*([<>≤≥]=?)\s*")
+_RELATION = re.compile(r"\s*([<>≤≥])\s*")
 _UNION = re.compile(r"\s*∪\s*|\s+U\s+")
 _BUILDER = re.compile(r"\{\s*[A-Za-z]\s*(?:∈\s*ℝ?\s*)?[|:]\s*(.+)\}|[A-Za-z]\s*∈\s*(.+)")
 _VARIABLE = re.compile(r"[^\W\d]\w?(?:_\w)?")
@@ -219,7 +219,7 @@ def _interval(text: str) -> Interval | None:
         return Interval(ends[0], ends[1], text[0] == "[", text[-1] == "]") if whole and len(ends) == 2 else None
     parts = _RELATION.split(text)
     terms = parts[::2]
-    signs = [sign.replace("<=", "≤").replace(">=", "≥") for sign in parts[1::2]]
+    signs = parts[1::2]
     if len(terms) == 3 and _VARIABLE.fullmatch(terms[1]) and ({*signs} <= {"<", "≤"} or {*signs} <= {">", "≥"}):
         if signs[0] in ">≥":
             terms, signs = terms[::-1], signs[::-1]

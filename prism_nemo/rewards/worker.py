@@ -30,6 +30,9 @@ _PARENT_CHECK_SECONDS = 5.0
 _TIMER_REPEATS_SECONDS = 0.05  # processor time: an exception that a destructor swallowed comes again
 _HARD_LIMIT_FACTOR, _HARD_LIMIT_SECONDS = 2, 1  # what the kernel grants beyond the timer's limit
 
+_WARM_UP = ((r"\sqrt{8}\pi", r"2\sqrt{2}\pi"), (r"\frac{a^{2}}{b}+x_1", r"a^2/b+1"), (r"y=2x", r"2x-y=0"), (r"\sin 30°", "0.5"))
+"""What the first expressions cost beyond the others is no question's."""
+
 
 class _OutOfTime(BaseException):
     """Not an Exception: computer algebra catches those."""
@@ -50,7 +53,8 @@ def main() -> None:
 
     from prism_nemo.rewards.symbolic import forget, same_expression  # the heavy import
 
-    same_expression(r"\sqrt{8}", r"2\sqrt{2}")  # what the first expression costs is no question's
+    for given, truth in _WARM_UP:
+        same_expression(given, truth)
     _reply(replies, {"ready": True})
     _silence_standard_error()
     for request in _requests():
