@@ -32,7 +32,8 @@ of all three
 
 inspect: forms, fields, images and their sizes, sources, answer kinds, lengths
   --limit N              records looked at, evenly spread (10000); 0: all
-  --model DIR            count tokens too, images included, as this model's tokenizer and processor make them; they are remembered
+  --model DIR            count tokens too, images included, as the tokenizer and processor of this model, run or checkpoint make
+                         them; they are remembered
   --system-prompt TEXT   for these tokens, as data.system_prompt
   --row-tokens N         rows that the demonstrations would fill, as trainer.max_tokens_per_row (10240)
   --plot FILE.png        the lengths as a picture; needs the extra `report`
@@ -133,7 +134,8 @@ def _inspect(options: argparse.Namespace, columns: dict[str, str]) -> None:
     encoder = model = None
     if options.model is not None:
         chat = importlib.import_module("prism_nemo.data.chat")
-        model = chat.hf_directory(options.model)
+        resolve = importlib.import_module("prism_nemo.run_directory").resolve_model_directory
+        model = chat.hf_directory(resolve(options.model, "policy"))
         whole = replace(data, max_prompt_length=2**31, max_response_length=2**31)
         encoder = chat.ChatEncoder.from_directory(model, whole, image_root=None)
     found = inspection.inspect(options.paths, data, limit=options.limit or None, encoder=encoder, lengths_of=model)

@@ -80,8 +80,10 @@ def open_index(path: Path, scan: Scan, cache_dir: Path) -> Index:
         return found
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(file.with_suffix(".lock")):
+        with _lock(file.with_suffix(".lock")) as alone:
             found = _load(file, key)  # another process may have made it
+            for left in cache_dir.glob(f".{file.name}.*.new") if alone else ():
+                left.unlink(missing_ok=True)  # of a process that was killed
             if found is None:
                 _build(file, key, path, scan)
                 found = _load(file, key)
@@ -147,15 +149,17 @@ def _load(file: Path, key: dict[str, Any]) -> Index | None:
 
 
 @contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Holds the file's lock; where the file system has none, several processes may do the same work, which does no harm."""
+def _lock(file: Path) -> Iterator[bool]:
+    """Holds the file's lock; False where the file system has none: several processes then do the same work, which does no harm."""
     with file.open("a") as opened:
+        held = True
         try:
             fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        yield
+            held = False
+        yield held
 
 
 def _cannot_write(cache_dir: Path, error: OSError) -> PrismError:

@@ -53,6 +53,7 @@ class RecordStream(Generic[T]):
         self.failed = 0
         self.consumed_samples = 0
         self.bad: list[BadRecord] = []  # this rank's, every bad record once, in the order of their first appearance
+        self._listed: set[tuple[str, str]] = set()
         self._order = order or EpochOrder(len(records), [seed], shuffle=shuffle, blocks=self.records.blocks)
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> list[tuple[Record, T]]:
@@ -108,5 +109,6 @@ class RecordStream(Generic[T]):
 
     def _add_bad(self, bad: BadRecord) -> None:
         self.failed += 1
-        if all((known.id, known.where) != (bad.id, bad.where) for known in self.bad):
+        if (bad.id, bad.where) not in self._listed:
+            self._listed.add((bad.id, bad.where))
             self.bad.append(bad)

@@ -89,6 +89,16 @@ def test_a_read_only_data_folder_is_enough(data: Path, tmp_path: Path) -> None:
     assert sorted(path for path in tmp_path.iterdir() if path.name != "cache") == before
 
 
+def test_what_a_killed_process_left_is_removed(data: Path, tmp_path: Path) -> None:
+    opened(data, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.index")
+    left = file.with_name(f".{file.name}.99999.new")
+    left.write_bytes(b"half")
+    file.unlink()
+    assert opened(data, tmp_path / "cache")[1] == 1
+    assert not left.exists()
+
+
 def test_a_failed_scan_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text('[{"a": 1},')
