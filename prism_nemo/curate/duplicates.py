@@ -9,7 +9,7 @@ must have in common: nothing is missed.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -20,28 +20,46 @@ from prism_nemo.curate.fingerprints import Fingerprint, numbers, shingles, simil
 _BANDS, _ROWS = 16, 4
 
 
+class _Table:
+    """Numbers by the hash of a key. Keys that collide only make candidates more."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int | list[int]] = {}  # mostly one, for which a list would be a waste
+
+    def add(self, key: object, number: int) -> None:
+        found = self._numbers.setdefault(hash(key), number)
+        if isinstance(found, list):
+            found.append(number)
+        elif found is not number:
+            self._numbers[hash(key)] = [found, number]
+
+    def get(self, key: object) -> Sequence[int]:
+        found = self._numbers.get(hash(key), ())
+        return (found,) if isinstance(found, int) else found
+
+
 class Prompts:
     """Distinct prompts, numbered as they come, and which of them are nearly the same."""
 
     def __init__(self, min_similarity: float) -> None:
         self.min_similarity = min_similarity
         self._numbers: dict[str, int] = {}
-        self._shingles: list[frozenset[tuple[str, ...]]] = []
-        self._tables: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
+        self._texts: list[str] = []
+        self._table = _Table()
 
     def near(self, prompt: str) -> list[int]:
         """The known prompts that are the same or nearly so, and have the same numbers."""
         own = shingles(prompt)
-        candidates = {number for table, band in zip(self._tables, _bands(prompt), strict=True) for number in table.get(band, ())}
-        return sorted(number for number in candidates if similarity(own, self._shingles[number]) >= self.min_similarity)
+        candidates = {number for band in _bands(prompt) for number in self._table.get(band)}
+        return sorted(number for number in candidates if similarity(own, shingles(self._texts[number])) >= self.min_similarity)
 
     def add(self, prompt: str) -> int:
         """The prompt's number, a new one where it was not known."""
         if prompt not in self._numbers:
-            number = self._numbers[prompt] = len(self._shingles)
-            self._shingles.append(shingles(prompt))
-            for table, band in zip(self._tables, _bands(prompt), strict=True):
-                table[band].append(number)
+            number = self._numbers[prompt] = len(self._texts)
+            self._texts.append(prompt)
+            for band in _bands(prompt):
+                self._table.add(band, number)
         return self._numbers[prompt]
 
 
@@ -53,17 +71,14 @@ class Duplicates:
         self._prompts = Prompts(config.min_similarity)
         self._pictures: list[tuple[tuple[str, str], ...]] = []
         self._ids: list[str] = []
-        self._table: dict[tuple[int, object], list[int]] = defaultdict(list)  # records by prompt and first picture
+        self._table = _Table()  # records by prompt and first picture
 
     def first_like(self, record_id: str, fingerprint: Fingerprint) -> str | None:
         """The id of the first known record that is the same; None, and the record is known from now on, when there is none."""
         pictures = fingerprint.pictures
         keys = _keys(pictures[0]) if pictures else [""]
         candidates = {
-            index
-            for prompt in self._prompts.near(fingerprint.prompt)
-            for key in keys
-            for index in self._table.get((prompt, key), ())
+            index for prompt in self._prompts.near(fingerprint.prompt) for key in keys for index in self._table.get((prompt, key))
         }
         for index in sorted(candidates):
             others = self._pictures[index]
@@ -71,7 +86,7 @@ class Duplicates:
                 return self._ids[index]
         prompt = self._prompts.add(fingerprint.prompt)
         for key in keys:
-            self._table[prompt, key].append(len(self._ids))
+            self._table.add((prompt, key), len(self._ids))
         self._ids.append(record_id)
         self._pictures.append(pictures)
         return None
@@ -89,7 +104,7 @@ class Benchmarks:
         self._prompts = Prompts(config.min_similarity)
         self._without_pictures: set[int] = set()
         self._pictures: list[tuple[tuple[str, str], str]] = []
-        self._table: dict[object, list[int]] = defaultdict(list)
+        self._table = _Table()
         self._ids: dict[int, str] = {}  # of the first record with a prompt
 
     def add(self, record_id: str, fingerprint: Fingerprint) -> None:
@@ -99,7 +114,7 @@ class Benchmarks:
             self._without_pictures.add(prompt)
         for picture in fingerprint.pictures:
             for key in _keys(picture):
-                self._table[key].append(len(self._pictures))
+                self._table.add(key, len(self._pictures))
             self._pictures.append((picture, record_id))
 
     def overlap(self, fingerprint: Fingerprint) -> tuple[str, str] | None:
@@ -109,7 +124,7 @@ class Benchmarks:
         problem's own (`exclude_min_words`), or when neither record has pictures.
         """
         for picture in fingerprint.pictures:
-            for index in sorted({index for key in _keys(picture) for index in self._table.get(key, ())}):
+            for index in sorted({index for key in _keys(picture) for index in self._table.get(key)}):
                 other, record_id = self._pictures[index]
                 if same_picture(picture, other, self._max_distance):
                     return "benchmark image", record_id
@@ -134,14 +149,14 @@ def _keys(picture: tuple[str, str]) -> list[object]:
     return [pixels, *((band, gradients[8 * band : 8 * band + 8]) for band in range(8) if gradients)]
 
 
-def _bands(prompt: str) -> list[bytes]:
+def _bands(prompt: str) -> Iterator[tuple[int, bytes]]:
     """The MinHash of a prompt's shingles, cut into bands; with its numbers, so that only prompts with the same ones can meet."""
-    salt = repr(numbers(prompt)).encode()
     digests = b"".join(hashlib.blake2b(repr(shingle).encode(), digest_size=8).digest() for shingle in shingles(prompt))
     factors, offsets = _permutations()
     values = factors[:, None] * np.frombuffer(digests, dtype="<u8")[None, :] + offsets[:, None]  # modulo 2^64
     least = values.min(axis=1).reshape(_BANDS, _ROWS)
-    return [hashlib.blake2b(salt + band.tobytes(), digest_size=12).digest() for band in least]
+    salt = repr(numbers(prompt)).encode()
+    return ((number, salt + band.tobytes()) for number, band in enumerate(least))
 
 
 @cache

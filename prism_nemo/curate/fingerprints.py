@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def numbers(prompt: str) -> tuple[str, ...]:
     return tuple(_NUMBER.findall(prompt))
 
 
+@lru_cache(maxsize=1 << 13)
 def shingles(prompt: str) -> frozenset[tuple[str, ...]]:
     """Of a normalized prompt: every three words in a row; all of them where there are fewer."""
     found = words(prompt)
