@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from prism_nemo.errors import DataError, PrismError
+from prism_nemo.errors import ConfigError, DataError, PrismError
 
 VERSION = 1
 _HEADER_BYTES = 4096
@@ -53,8 +53,13 @@ class Index:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/prism_nemo`, by default `~/.cache/prism_nemo`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prism_nemo"
+    """`$XDG_CACHE_HOME/prism_nemo`, by default `~/.cache/prism_nemo`. Raises ConfigError where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prism_nemo"
+    except RuntimeError as error:
+        raise ConfigError(
+            "there is no home folder to keep the index of large data in", where="data.cache_dir", remedy="set it"
+        ) from error
 
 
 def scan_in_memory(path: Path, scan: Scan) -> Index:
@@ -150,7 +155,7 @@ def _load(file: Path, key: dict[str, Any]) -> Index | None:
 
 @contextlib.contextmanager
 def _lock(file: Path) -> Iterator[bool]:
-    """Holds the file's lock; False where the file system has none: several processes then do the same work, which does no harm."""
+    """Holds the file's lock; False where the file system has none: then several processes may do the same work, without harm."""
     with file.open("a") as opened:
         held = True
         try:

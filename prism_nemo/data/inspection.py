@@ -5,6 +5,7 @@ Of large data so many records are looked at as `--limit` says, evenly spread; co
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ from prism_nemo.data.bad_records import BadRecord, listing
 from prism_nemo.data.columns import rename
 from prism_nemo.data.forms import form_of
 from prism_nemo.data.images import FORMATS, MAX_IMAGE_BYTES, contained_file
-from prism_nemo.data.lengths import UNUSABLE, TokenLengths
+from prism_nemo.data.lengths import UNUSABLE, TokenLengths, open_lengths
 from prism_nemo.data.open import cache_of, data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
 from prism_nemo.data.records import ImageSource, Record
@@ -67,8 +68,6 @@ def inspect(
         found.files.append({"path": str(path), "records": len(file.items), "bytes": path.stat().st_size})
     lengths = None
     if encoder is not None:
-        from prism_nemo.data.lengths import open_lengths
-
         assert lengths_of is not None
         lengths = open_lengths(cache_of(data), records.fingerprint, len(records), lengths_of, data)
     for index in _spread(len(records), limit):
@@ -117,8 +116,6 @@ def _look(found: Inspection, records: RecordFiles, index: int, data: DataConfig)
 
 def image_size(source: ImageSource, root: Path | None) -> tuple[int, int]:
     """Width and height, from the image's head alone. Raises DataError where there is none."""
-    import io
-
     opened: Any
     if source.path is not None:
         opened = contained_file(source.path, root, max_bytes=MAX_IMAGE_BYTES)
