@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prism_nemo.config.endpoint import EndpointConfig
 from prism_nemo.endpoint.errors import BudgetExhausted, EndpointError
+from prism_nemo.errors import PrismError
 
 LEDGER = "usage.jsonl"
 
@@ -100,17 +101,29 @@ class Ledger:
 
     @contextmanager
     def _locked_file(self) -> Iterator[int]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise self._unusable(error) from error
             yield file
         finally:
             os.close(file)  # which unlocks it
 
+    def _unusable(self, error: OSError) -> PrismError:
+        remedy = f"set {self.section}.cache_dir to a folder that can be written, on a file system with locks"
+        return PrismError(f"the account of what was used cannot be kept: {error.strerror}", where=str(self.path), remedy=remedy)
+
     def _catch_up(self, file: int) -> None:
         """Reads what other processes, and this one, have written since."""
         size = os.fstat(file).st_size
+        if size < self._offset:  # somebody has cut or removed it
+            self._usage, self._offset = Usage(), 0
         text = os.pread(file, size - self._offset, self._offset)
         whole = text[: text.rfind(b"\n") + 1]
         for line in whole.splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import random
 import shutil
 import socket
 import ssl
@@ -191,6 +192,30 @@ def test_nobody_listens(tmp_path: Path) -> None:
         config = endpoint_config(server, max_attempts=2)
     with pytest.raises(EndpointError, match="2 attempts failed, the last one so: the connection failed: ConnectionRefusedError"):
         Endpoint(config, tmp_path, section="teacher").ask(message("hello"))
+
+
+def test_whatever_a_server_does_in_between_every_answer_is_the_right_one(tmp_path: Path) -> None:
+    """Two of three attempts fail, each in a way of its own, for many requests at a time."""
+    generator = random.Random(0)
+    tricks: list[Callable[[], Answer]] = [
+        *(lambda write=write: Answer(write=write) for write in (half_a_body, half_a_chunk, nothing, no_http)),
+        *(lambda status=status: Answer(status=status) for status in (408, 429, 500, 503, 529)),
+        lambda: Answer(body=generator.randbytes(200)),
+        lambda: Answer(body=b'{"error": {"message": "busy"}}'),
+        lambda: Answer(status=429, headers={"Retry-After": "0.01"}),
+    ]
+
+    def answer(seen: Seen, number: int) -> Answer:
+        return echo(seen, number) if generator.random() < 1 / 3 else generator.choice(tricks)()
+
+    with chat_server(answer) as server, ThreadPoolExecutor(16) as threads:
+        endpoint = endpoint_of(server, tmp_path, max_attempts=100, backoff_seconds=0.0, max_concurrency=16)
+        texts = list(threads.map(lambda number: endpoint.ask(message(str(number))).text, range(150)))
+        assert texts == [f"echo {number}" for number in range(150)]
+        usage = endpoint.ledger.usage()
+        assert usage.requests == len(server.seen) > 300 and usage.answers == 150
+    again = endpoint_of(server, tmp_path, max_requests=0)
+    assert [again.ask(message(str(number))).text for number in range(150)] == texts
 
 
 # What is not tried again
@@ -391,6 +416,19 @@ def test_a_torn_line_in_the_ledger_costs_that_line_alone(tmp_path: Path) -> None
         "uncounted": 0,
     }
     assert endpoint.summary() == "2 requests, 2 answers, 20 prompt and 10 completion tokens"
+
+
+def test_an_account_that_cannot_be_kept_and_one_that_was_removed(tmp_path: Path) -> None:
+    with chat_server(echo) as server:
+        endpoint = endpoint_of(server, tmp_path / "cache", max_requests=2)
+        endpoint.ask(message("a"))
+        (tmp_path / "cache" / "usage.jsonl").unlink()
+        endpoint.ask(message("b"))
+        assert endpoint.ledger.usage().requests == 1
+        (tmp_path / "file").touch()
+        with pytest.raises(PrismError, match="cannot be kept"):
+            endpoint_of(server, tmp_path / "file").ask(message("c"))
+        assert len(server.seen) == 2
 
 
 # Many at a time, and being told to stop
