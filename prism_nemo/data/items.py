@@ -21,7 +21,7 @@ import numpy as np
 
 from prism_nemo.data.index import Digest, Index, open_index, scan_in_memory
 from prism_nemo.data.spans import CHUNK_BYTES, item_spans, line_spans
-from prism_nemo.errors import DataError
+from prism_nemo.errors import DataError, PrismError
 
 MAX_ITEM_BYTES = 64 * 2**20  # of one record's JSON
 MAX_OPEN_FILES = 64  # of one process, whatever the number of shards
@@ -57,26 +57,32 @@ class OpenFiles:
     """Descriptors of the files read last, at most `MAX_OPEN_FILES`."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, int, int], int] = OrderedDict()  # by path, size and time of change
 
     def read(self, path: Path, start: int, end: int, *, size: int, mtime_ns: int) -> bytes:
-        """Bytes [start, end) of a file, or fewer where it ends. Raises DataError where it is not what was indexed."""
+        """Bytes [start, end) of a file, or fewer where it ends.
+
+        Raises PrismError, which no record is skipped for, where the file is gone, is another than was indexed, or fails.
+        """
+        key = (path, size, mtime_ns)
         try:
-            descriptor = self._open.pop(path, None)
+            descriptor = self._open.pop(key, None)
             if descriptor is None:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 status = os.fstat(descriptor)
                 if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
                     os.close(descriptor)
-                    raise DataError(
-                        "the data file changed while it is in use", where=str(path), remedy="start the run again: it is resumed"
+                    raise PrismError(
+                        "the data file changed while it is in use",
+                        where=str(path),
+                        remedy="leave it as it is while a run reads it",
                     )
-            self._open[path] = descriptor
+            self._open[key] = descriptor
             if len(self._open) > MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
             return _pread(descriptor, start, end)
         except OSError as error:
-            raise DataError(f"the data file cannot be read: {error.strerror or error}", where=str(path)) from error
+            raise PrismError(f"the data file cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
 OPEN_FILES = OpenFiles()  # one process reads its files through one set of descriptors
@@ -89,6 +95,7 @@ class SpannedFile:
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path = path
+        self._file = path.absolute()  # wherever the process goes
         self.digest = index.digest
         self._spans = index.spans
         self._identity = {"size": index.size, "mtime_ns": index.mtime_ns}
@@ -107,7 +114,7 @@ class SpannedFile:
         start, end = self.span(index)
         if end - start > limit:
             raise DataError(f"the record has {end - start} bytes, the limit is {limit}", remedy="put large things into files")
-        return OPEN_FILES.read(self.path, start, end, **self._identity)
+        return OPEN_FILES.read(self._file, start, end, **self._identity)
 
 
 class JsonItems(SpannedFile):

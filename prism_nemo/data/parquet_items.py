@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.data.items import Block, ItemFile
-from prism_nemo.errors import DataError
+from prism_nemo.errors import DataError, PrismError
 
 MAX_GROUP_BYTES = 2**30  # of one row group in memory
 _ROWS_AT_ONCE = 64  # of a larger one
@@ -66,8 +66,8 @@ class ParquetItems:
                 self.digest = _digest(path, metadata.serialized_size)
         except Exception as error:  # decoders of foreign bytes raise anything, here and below
             raise DataError(f"the file is not readable parquet: {error}", where=str(path)) from error
-        status = path.stat()
-        self._identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
+        self._file = path.absolute()  # wherever the process goes
+        self._identity = self._state()
         self._starts = [0, *accumulate(block.items for block in self.blocks)]
         self._place: _Place | None = None
 
@@ -97,9 +97,10 @@ class ParquetItems:
         table = GROUPS.get((self._identity, group))
         if table is not None:
             return table
+        self._refuse_change()
         assert self.blocks is not None
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self._file) as file:
                 table = file.read_row_group(group, use_threads=False)
         except Exception as error:
             raise self._damaged(group, error) from error
@@ -109,7 +110,8 @@ class ParquetItems:
     def _row_in_order(self, group: int, row: int) -> Any:
         """A row of a group that is too large to be kept, going on from the row read before it."""
         if self._place is None or self._place.group != group or row < self._place.first:
-            self._place = _Place(group, _batches(self.path, group))
+            self._refuse_change()
+            self._place = _Place(group, _batches(self._file, group))
         place = self._place
         try:
             while row >= place.first + len(place.rows):
@@ -119,6 +121,20 @@ class ParquetItems:
             self._place = None
             raise self._damaged(group, error) from error
         return place.rows[row - place.first]
+
+    def _state(self) -> str:
+        try:
+            status = self._file.stat()
+        except OSError as error:
+            raise PrismError(f"the data file cannot be read: {error.strerror or error}", where=str(self.path)) from error
+        return f"{self._file}\0{status.st_size}\0{status.st_mtime_ns}"
+
+    def _refuse_change(self) -> None:
+        """Raises PrismError, which no record is skipped for, where the file is gone or is another than was opened."""
+        if self._state() != self._identity:
+            raise PrismError(
+                "the data file changed while it is in use", where=str(self.path), remedy="leave it as it is while a run reads it"
+            )
 
     def _damaged(self, group: int, error: BaseException) -> DataError:
         return DataError(

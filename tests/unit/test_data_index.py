@@ -129,5 +129,17 @@ def test_a_file_that_changes_while_it_is_read(data: Path, tmp_path: Path) -> Non
     items = JsonItems(data, tmp_path / "cache", lines=True)
     with data.open("a") as file:
         file.write("{}\n")
-    with pytest.raises(DataError, match="changed while it is in use"):
+    with pytest.raises(PrismError, match="changed while it is in use") as caught:
         items.read(0)
+    assert not isinstance(caught.value, DataError)  # no record is skipped for it
+
+
+def test_a_file_that_takes_anothers_place(data: Path, tmp_path: Path) -> None:
+    """Even while the old one is still open: every index is read with its own file."""
+    old = JsonItems(data, tmp_path / "cache", lines=True)
+    assert old.read(1) == ({"prompt": "1"}, None)
+    (tmp_path / "new").write_text('{"prompt": "longer than before"}\n{"prompt": "new"}\n')
+    (tmp_path / "new").replace(data)
+    new = JsonItems(data, tmp_path / "cache", lines=True)
+    assert new.read(1) == ({"prompt": "new"}, None)
+    assert old.read(2) == ({"prompt": "2"}, None)

@@ -20,7 +20,7 @@ from prism_nemo.data.open import open_stream
 from prism_nemo.data.order import CYCLE, EpochOrder, MixtureOrder
 from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
-from prism_nemo.errors import CheckpointError, ConfigError, DataError
+from prism_nemo.errors import CheckpointError, ConfigError, DataError, PrismError
 
 COUNT = 300
 
@@ -121,6 +121,16 @@ def test_parquet_epochs_go_through_windows_of_row_groups(
     assert len(reads) <= 2 * groups + 1  # and once as the stream was opened
     near = Counter(abs(int(a[1:]) - int(b[1:])) <= 17 for a, b in pairwise(first))
     assert near[False] > 50  # in the file's order there would be none
+
+
+def test_a_parquet_file_that_changes_while_it_is_read(items: list[Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", items)
+    stream = opened(tmp_path, train=str(path), shuffle=False)
+    ids(stream, 1)
+    write(path, items[:200])
+    with pytest.raises(PrismError, match="changed while it is in use") as caught:
+        ids(stream, 20)
+    assert not isinstance(caught.value, DataError)
 
 
 def test_memory_of_row_groups_is_bounded() -> None:
