@@ -85,7 +85,7 @@ class ParquetItems:
             if self.blocks[group].num_bytes > MAX_GROUP_BYTES:
                 return self._row_in_order(group, row), None
             return self._group(group).slice(row, 1).to_pylist()[0], None
-        except DataError:
+        except PrismError:
             raise
         except Exception as error:  # text that is not UTF-8, times out of range
             raise DataError(f"the row cannot be read: {error}", remedy="write the file again") from error
