@@ -30,7 +30,7 @@ _PARENT_CHECK_SECONDS = 5.0
 _TIMER_REPEATS_SECONDS = 0.05  # processor time: an exception that a destructor swallowed comes again
 _HARD_LIMIT_FACTOR, _HARD_LIMIT_SECONDS = 2, 1  # what the kernel grants beyond the timer's limit
 
-_WARM_UP = ((r"\sqrt{8}\pi", r"2\sqrt{2}\pi"), (r"\frac{a^{2}}{b}+x_1", r"a^2/b+1"), (r"y=2x", r"2x-y=0"), (r"\sin 30°", "0.5"))
+_WARM_UP = ((r"\frac{\sqrt{8}}{2}", r"\sqrt{2}"), ("x^2+x", "x(x+1)"))
 """What the first expressions cost beyond the others is no question's."""
 
 
