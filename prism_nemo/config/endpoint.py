@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from prism_nemo.config.enums import Benchmark
 from prism_nemo.errors import ConfigError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -60,7 +61,9 @@ class CurationConfig:
     max_answers: int = 4  # the teacher's, to one prompt, until one is right
     system_prompt: str | None = None  # what the teacher is told; null: data.system_prompt
     image_max_pixels: int | None = None  # larger images are sent to the teacher scaled down; null: as they are
-    exclude: list[str] = field(default_factory=list)  # files of benchmark records: their prompts and images are left out
+    exclude: list[str] = field(
+        default_factory=list
+    )  # benchmarks, whose prompts and images are left out: files of records, or mathvista:PATH
     deduplicate: bool = True  # of records with the same prompt and images, as near as below, keep the first
     min_similarity: float = 0.8  # of the word triples of two prompts (Jaccard) that count as the same; 1: only equal triples
     max_image_distance: int = 6  # bits of 256 in which two pictures' brightness gradients may differ; 0 still sees re-encoding
@@ -130,7 +133,20 @@ def check_curation(config: CurationConfig, policy: str) -> None:
             where="model.path",
             remedy="set model.path, or curate.pass_rates=FILE of an earlier run, or curate.unsolved_only=false",
         )
-    for key, names in (("exclude", config.exclude), ("pass_rates", [config.pass_rates] if config.pass_rates else [])):
-        for name in names:
-            if not Path(name).is_file():
-                raise ConfigError("the file does not exist", where=f"curate.{key}: {name}", remedy="check the path")
+    if config.pass_rates is not None and not Path(config.pass_rates).is_file():
+        raise ConfigError("the file does not exist", where=f"curate.pass_rates: {config.pass_rates}", remedy="check the path")
+    for entry in config.exclude:
+        benchmark, path = excluded(entry)
+        if not (path.is_file() or (benchmark is not None and path.is_dir())):
+            names = ", ".join(Benchmark.__members__)
+            raise ConfigError(
+                "the file does not exist",
+                where=f"curate.exclude: {entry}",
+                remedy=f"a file of records, or NAME:PATH of a published benchmark's file or folder (NAME: {names})",
+            )
+
+
+def excluded(entry: str) -> tuple[Benchmark | None, Path]:
+    """What an entry of `curate.exclude` names: a benchmark's published files, or (None, …) a file of our own records."""
+    name, colon, path = entry.partition(":")
+    return (Benchmark[name], Path(path)) if colon and name in Benchmark.__members__ else (None, Path(entry))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from prism_nemo.config.endpoint import CurationConfig
+from prism_nemo.config.endpoint import CurationConfig, excluded
 from prism_nemo.config.schema import CurateConfig, DataConfig
 from prism_nemo.curate.duplicates import Benchmarks, Duplicates
 from prism_nemo.curate.fingerprints import Fingerprint
@@ -15,6 +14,7 @@ from prism_nemo.data.open import open_file
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import DataError
+from prism_nemo.evaluation.benchmarks import read_benchmark
 
 DUPLICATE = "duplicate"
 AT_ONCE = 64  # records that a rank compares before it writes down what it found
@@ -30,17 +30,26 @@ def contents_digest(records: Sequence[Record]) -> str:
 
 
 def open_benchmarks(config: CurateConfig) -> dict[str, list[Record]]:
-    """The records of `curate.exclude` by file, with images below each file's own folder.
+    """The records of `curate.exclude` by entry, with images below each file's own folder.
 
     Raises DataError when one of them cannot be read: what it would have kept out would come in.
     """
     data = DataConfig(max_bad_sample_share=0.0)
-    return {name: open_file(name, data, required=()).records for name in config.curate.exclude}
+    found: dict[str, list[Record]] = {}
+    for entry in config.curate.exclude:
+        benchmark, path = excluded(entry)
+        if benchmark is None:
+            found[entry] = open_file(entry, data, required=()).records
+        else:
+            found[entry] = list(read_benchmark(benchmark, path))
+        if not found[entry]:
+            raise DataError("there are no records", where=f"curate.exclude: {entry}", remedy="check the path")
+    return found
 
 
 def benchmark_fingerprints(benchmarks: Mapping[str, Sequence[Record]], runtime: Runtime) -> Iterator[tuple[str, Fingerprint]]:
     """Each benchmark record's name (file and id) and its fingerprint, made by all ranks together. A collective."""
-    records = [(f"{Path(name).name}: {record.id}", record) for name, found in benchmarks.items() for record in found]
+    records = [(f"{_label(entry)}: {record.id}", record) for entry, found in benchmarks.items() for record in found]
     for start in range(0, len(records), AT_ONCE * runtime.world_size):
         mine: list[tuple[str, Fingerprint] | DataError] = []
         for name, record in records[start + runtime.rank * AT_ONCE :][:AT_ONCE]:
@@ -53,6 +62,11 @@ def benchmark_fingerprints(benchmarks: Mapping[str, Sequence[Record]], runtime: 
                 if isinstance(found, DataError):
                     raise DataError(found.what, where="curate.exclude", remedy="mend it: what it should keep out would come in")
                 yield found
+
+
+def _label(entry: str) -> str:
+    benchmark, path = excluded(entry)
+    return path.name if benchmark is None else benchmark.value
 
 
 def find_overlap(

@@ -181,6 +181,20 @@ def test_duplicates_and_benchmark_records_are_not_asked_about(tmp_path: Path, wh
         curate(tmp_path / "broken", server, *ALL, f"data.train={data}", f"curate.exclude=[{benchmark}]")
 
 
+def test_a_published_benchmark_is_kept_out(tmp_path: Path, whole: tuple[Path, list[Seen]]) -> None:
+    (tmp_path / "mathvision").mkdir()
+    first = rows(tiny_task().data.prompts)[0]["images"]
+    image = {"bytes": (tiny_task().data.root / first[0]).read_bytes(), "path": None}
+    row = {"id": "1", "question": "<image1> how many?", "options": ["A"], "answer": "A", "decoded_image": image, "level": 1}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "mathvision" / "test-00000-of-00001.parquet")
+    with chat_server(teacher(sometimes)) as server:
+        run = curate(tmp_path / "run", server, *ALL, FEW, f"curate.exclude=['mathvision:{tmp_path / 'mathvision'}']")
+    kept_out = [row for row in rows(run / "left_out.jsonl") if row["reason"] == "benchmark image"]
+    assert len(kept_out) == sum(line["images"] == first for line in rows(tiny_task().data.prompts)) >= 2
+    assert {row["detail"] for row in kept_out} == {"mathvision: 1"}
+    assert report(run)["counts"]["records"] == 20
+
+
 def test_images_inside_the_data_file_and_unusable_records(tmp_path: Path, whole: tuple[Path, list[Seen]]) -> None:
     lines = rows(tiny_task().data.prompts)[:20]
     for line in lines:
