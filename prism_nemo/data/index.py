@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _refuse_change(path: Path, key: dict[str, Any]) -> None:
 
 
 def _build(file: Path, key: dict[str, Any], path: Path, scan: Scan) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.new")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")  # hosts share folders
     digest, crc, records = hashlib.sha256(), 0, 0
     try:
         with temporary.open("wb") as out:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class TokenLengths:
         shape = (num_records, 2)
         if not file.is_file() or file.stat().st_size != num_records * 8:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.new")
+            temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")
             with temporary.open("wb") as new:
                 new.truncate(num_records * 8)
             temporary.replace(file)
