@@ -198,7 +198,7 @@ def run(run_a: Path, run_b: Path, *, decoding: str, common: bool, json_file: Pat
 
 def _table(comparison: Comparison) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("", "A", "B", "B - A", "95% interval", "records"):
+    for heading in ("", "A", "B", "B - A", "95% interval", "n"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, found in comparison.figures.items():
         interval = f"[{found.low:+.4f}, {found.high:+.4f}]".replace("[", r"\[")

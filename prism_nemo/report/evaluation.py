@@ -30,7 +30,7 @@ def render_table(content: Mapping[str, Any]) -> Group:
     for section in sections(content):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         for place, heading in enumerate(section.headings):
-            table.add_column(heading, justify="right" if place else "left")
+            table.add_column(heading.replace("_", "\n"), justify="right" if place else "left", no_wrap=True)
         for row in section.rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         tables.append(table)
@@ -75,7 +75,7 @@ def _figures(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]
         cells = []
         for part in found.values():
             low, high = part.get("intervals", {}).get(name, (None, None))
-            cells += [_number(part.get(name)), DASH if low is None else f"[{low:.4f}, {high:.4f}]"]
+            cells += [_number(part.get(name)), DASH if low is None else f"[{_number(low)}, {_number(high)}]"]
         yield name, *cells
 
 
@@ -90,4 +90,6 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 def _number(value: float | None) -> str:
     if value is None:
         return DASH
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"  # shares, and lengths
