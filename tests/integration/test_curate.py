@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -240,13 +241,14 @@ def test_a_signal_ends_the_run_and_it_goes_on(tmp_path: Path, whole: tuple[Path,
     def stop_at_ten(seen: Seen, number: int) -> Answer:
         if number == 10:
             os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1 if number >= 10 else 0)  # so that there is something left when the signal arrives
         return answer(seen, number)
 
     with chat_server(stop_at_ten) as server:
         with pytest.raises(SystemExit) as caught:
             curate(tmp_path / "run", server, *ALL, FEW)
         assert caught.value.code == 75 and state(tmp_path / "run") == "interrupted"
-        assert 10 <= len(server.seen) <= 18  # what was under way
+        assert 10 <= len(server.seen) < len(whole[1])  # what was under way
         curate(tmp_path / "run", server, *ALL, FEW)
         assert len(server.seen) == len(whole[1])
     assert results(tmp_path / "run") == results(whole[0])
@@ -295,6 +297,7 @@ def test_the_keyboard_ends_a_run_that_keeps_what_is_under_way(tmp_path: Path, wh
     def answer_or_interrupt(seen: Seen, number: int) -> Answer:
         if number == 9:
             running[0].send_signal(signal.SIGINT)
+        time.sleep(0.1 if number >= 9 else 0)
         return answer(seen, number)
 
     with chat_server(answer_or_interrupt) as server:
@@ -302,7 +305,7 @@ def test_the_keyboard_ends_a_run_that_keeps_what_is_under_way(tmp_path: Path, wh
         running.append(subprocess.Popen([sys.executable, "-m", "prism_nemo", "curate", *given], stderr=subprocess.PIPE))
         _, shown = running[0].communicate(timeout=300)
         assert running[0].returncode == 130 and b"Traceback" not in shown and state(run) == "interrupted"
-        assert 9 <= len(server.seen) <= 20
+        assert 9 <= len(server.seen) < len(whole[1])
         curate(run, server, *ALL, FEW)  # how many are asked at a time makes no other run of it
         assert max(Counter(json.dumps(seen.body) for seen in server.seen).values()) == 1
     assert len(server.seen) == len(whole[1]) and results(run) == results(whole[0])

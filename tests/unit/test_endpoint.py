@@ -182,9 +182,9 @@ def drip_body(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.mark.parametrize("write", [silence, drip, drip_body])
 def test_the_deadline_is_for_the_whole_answer(tmp_path: Path, write: Callable[[BaseHTTPRequestHandler], None]) -> None:
-    error, seen = answered_by(tmp_path, [Answer(write=write)], timeout_seconds=0.5, max_attempts=2)
-    assert type(error) is EndpointError and "no whole answer within 0.5 seconds" in error.what
-    assert len(seen) == 2
+    error, seen = answered_by(tmp_path, [Answer(write=write)], timeout_seconds=1.0, max_attempts=2)
+    assert type(error) is EndpointError and "no whole answer within 1 seconds" in error.what
+    assert 1 <= len(seen) <= 2
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
