@@ -22,7 +22,10 @@ MAX_ANSWER_CHARACTERS = 1000
 """Longer answers match nothing; a longer truth is an error."""
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_BOOLEAN = re.compile(r"(yes|no|true|false)(?:$|(?=[\s,.;:!-]))(.*)", re.IGNORECASE | re.DOTALL)
+_BOOLEAN = re.compile(
+    r"(yes|no|true|false)(?:$|(?=\s*[,.;:!]|\s+-\s|\s+(?:it|they|there|the|this|that|these|he|she|we|you|i|all)\b))(.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 _SECOND_THOUGHT = re.compile(r"[\s,.;:!-]*(?:(?:or|and|but|not|/)\b|yes\b|no\b(?=\W*$)|true\b|false\b)", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ _SEPARATORS = re.compile(r"[\s,;&]+(?:and\s+)?|\s+")
 _SINGLE = re.compile(r"[(\[]?([A-Ja-j])[)\]]?")
 _JOINED = re.compile(r"[A-J]{2,6}")
 _LABEL = re.compile(r"(?<![^\s,;(])\(?([A-J])[.:)](?=\s|$)")
-_ANOTHER = re.compile(r"\b(?:or|and|not)\s+\(?[A-Ja-j]\)?(?![\w'])|^(?:or|and)\b|^[/&|,]|^\(?[A-Ja-j]\)?$")
+_ANOTHER = re.compile(r"\b(?:or|and|not)\s+\(?[A-Ja-j]\)?(?![\w'])|\b[A-J]\s+is\b|^(?:or|and)\b|^[/&|,]|^\(?[A-Ja-j]\)?$")
 
 
 @dataclass(frozen=True)

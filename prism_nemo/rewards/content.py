@@ -127,7 +127,7 @@ class Content:
 
     def _may_be_same(self, given: str, truth: str) -> bool:
         """Whether it is worth asking. An answer that leaves sums and products of numbers to the reader is none."""
-        if max(len(given), len(truth)) > _MAX_EXPRESSION:
+        if max(len(given), len(truth)) > _MAX_EXPRESSION or _UNFINISHED.fullmatch(truth):  # a range, a date
             return False
         if parse_quantity(truth) is not None:
             return not _UNFINISHED.fullmatch(given) and not (_variables(given) - {"e", "i"})

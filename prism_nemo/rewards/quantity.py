@@ -98,6 +98,8 @@ def same_quantity(given: Quantity, truth: Quantity) -> bool:
     if factor is None:
         return False
     if given.percent != truth.percent:
+        if given.unit.dimensions or truth.unit.dimensions:
+            return False
         # "50%" is 0.5, and it is what "how many percent?" asks for
         return same_number(_as_share(given), _as_share(truth)) or (given.value == truth.value and given.value > 1)
     if factor != 1:

@@ -27,6 +27,7 @@ _VERB = re.compile(r"\s+(?:is|are|was|were|equals|will be|is equal to)\s+(?:equa
 _NEGATION = re.compile(
     r"\b(?:not|never|no longer|neither|nor|isn't|aren't|cannot|can't|if|unless|unlikely|wrong|incorrect)\b", re.IGNORECASE
 )
+_SENTENCE_END = re.compile(r"[.;!?]\s+\S")
 _REMARK = re.compile(r"(?P<head>[^()]*[^()\s])\s*\((?P<remark>[^()]*)\)")
 _FILLER = re.compile(r"(?:approx(?:imately|\.)?|rounded.*|about|exactly|to \d.*|nearest.*|units?|simplified)", re.IGNORECASE)
 
@@ -69,6 +70,6 @@ def _without_one_thing(text: str) -> list[str]:
     elif boxed >= 0:
         others.append(re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text))
     verbs = list(_VERB.finditer(text))
-    if len(verbs) == 1 and not _NEGATION.search(text):
+    if len(verbs) == 1 and not _NEGATION.search(text) and not _SENTENCE_END.search(text):
         others.append(text[verbs[0].end() :])
     return others

@@ -20,7 +20,8 @@ _OR = re.compile(r",?\s*\bor\b\s*", re.IGNORECASE)
 _AND = re.compile(r",?\s*(?:\band\b|&)\s*", re.IGNORECASE)
 _SEPARATORS = re.compile(r"\s*;\s*|,?\s+and\s+|,\s*")
 _COMMA = re.compile(r",")
-_COMMA_AND_SPACE = re.compile(r",\s+|\s*;\s*|,?\s+and\s+", re.IGNORECASE)
+_COMMA_OR_SEMICOLON = re.compile(r"[,;]")
+_COMMA_AND_SPACE = re.compile(r",?\s+and\s+|,\s+|\s*;\s*", re.IGNORECASE)
 _NAMED = re.compile(r"((?:[^\W\d]|\\[A-Za-z]|[∠△])[\w'{}\\∠△ ]{0,30}(?:\([\w,]{1,10}\))?)\s*=\s*([^=<>≤≥]+)")
 _NUMBERED = re.compile(
     r"(?:^|(?<=[\s;,.]))(?:\(\s*([1-9a-h]|i{1,3}|iv|v)\s*\)|([1-9])\)|(?:part\s+)([1-9a-h])[:.)])\s*", re.IGNORECASE
@@ -145,7 +146,7 @@ def _bracketed(text: str) -> Structure | None:
         body = "(" + body[1:-1] + ")"
     if not body or body[0] not in "([{" or closing(body, 0) != len(body) - 1:
         return None
-    parts = split(body[1:-1], _COMMA)
+    parts = split(body[1:-1], _COMMA_OR_SEMICOLON)
     brackets = body[0] + body[-1]
     if brackets == "{}":
         return Structure(tuple(parts), Order.ANY)

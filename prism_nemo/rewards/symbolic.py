@@ -26,7 +26,7 @@ _POINTS = ("0.7310", "1.6180", "2.2361", "0.3679", "3.3166", "-0.5772", "-1.4427
 _MAX_NESTING = 40
 _TOO_MUCH = re.compile(
     r"\\(?:int|iint|oint|sum|prod|lim|partial|mathcal)(?![A-Za-z])|\d{60}|\^\s*\{?\s*[+-]?\d{4}|!\s*!|[)}]\s*!|\d{3}!"
-    r"|\^[^\s+\-*/]*\^[^\s+\-*/]*\^"
+    r"|\d\s*_|\^[^\s+\-*/]*\^[^\s+\-*/]*\^"
 )
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
 _LATEX = {"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times ", "·": r"\cdot ", "÷": r"\div "}

@@ -65,7 +65,7 @@ _QUOTES = {'"': '"', "'": "'"}
 
 def normalize(text: str) -> str:
     """The comparable form; empty when nothing is left of it."""
-    text = text.translate(_CHARACTERS)
+    text = " ".join(text.translate(_CHARACTERS).split())
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda run: "_" + "".join(_SUBSCRIPTS[c] for c in run[0]), text)
     text = _FRACTION_CHARACTER.sub(lambda one: " " + unicodedata.normalize("NFKC", one[1]).replace("\u2044", "/"), text)
