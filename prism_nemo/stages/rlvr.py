@@ -77,7 +77,7 @@ class RLVRTrainer:
 
             self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
-            sums |= self.grader.metrics()
+            sums |= self.grading()
             self.loop.end_step(
                 {**update.metrics, **reduce_metrics(sums, self.runtime)},
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
@@ -97,9 +97,16 @@ class RLVRTrainer:
             factor=algorithm.overlong_penalty_factor,
         )
 
+    def grading(self) -> MetricSums:
+        """How the step's answers were decided, without what depends on the answers that this process has seen before."""
+        return {name: value for name, value in self.grader.metrics().items() if name != "rewards/cache_hits"}
+
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts; nothing without a validation file."""
-        return self.held_out.accuracy(self.config.rollout)
+        try:
+            return self.held_out.accuracy(self.config.rollout)
+        finally:
+            self.grader.metrics()  # these answers are not the next step's
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict()}
