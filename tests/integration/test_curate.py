@@ -26,6 +26,7 @@ from prism_nemo.data.readers import read_records
 from prism_nemo.endpoint.errors import BudgetExhausted, EndpointError
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.rewards.format import parse_response
+from prism_nemo.stages.parts import PartFiles
 
 FEW = "limit_samples=20"
 ALL = ("curate.unsolved_only=false", "model.path=''")
@@ -252,6 +253,30 @@ def test_a_signal_ends_the_run_and_it_goes_on(tmp_path: Path, whole: tuple[Path,
         curate(tmp_path / "run", server, *ALL, FEW)
         assert len(server.seen) == len(whole[1])
     assert results(tmp_path / "run") == results(whole[0])
+
+
+def test_stops_while_comparing_and_while_the_policy_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each of the first six writes of results: the one comparison, then batches of six prompts."""
+    append = PartFiles.append
+
+    def append_and_stop(self: PartFiles, rows: Any) -> None:
+        append(self, rows)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run, tried = tmp_path / "run", []
+    with chat_server(teacher()) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(PartFiles, "append", append_and_stop)
+            for _ in range(6):
+                with pytest.raises(SystemExit):
+                    curate(run, server, *TRIES)
+                tried.append(sum(1 for path in (run / "tried_parts").glob("rank_*") for _ in path.open()))
+        assert tried == [0, 6, 12, 18, 24, 30] and server.seen == []
+        curate(run, server, *TRIES)
+        unbroken = curate(tmp_path / "unbroken", server, *TRIES, f"teacher.cache_dir={run / 'teacher'}")
+        assert len(server.seen) == len(rows(run / "curated.jsonl"))
+    assert results(run) == results(unbroken)
+    assert (run / "pass_rates.jsonl").read_bytes() == (unbroken / "pass_rates.jsonl").read_bytes()
 
 
 def test_a_killed_run_pays_for_nothing_twice(tmp_path: Path, whole: tuple[Path, list[Seen]]) -> None:
