@@ -28,7 +28,6 @@ TIME, MEMORY = "time", "memory"
 
 _PARENT_CHECK_SECONDS = 5.0
 _TIMER_REPEATS_SECONDS = 0.05  # processor time: an exception that a destructor swallowed comes again
-_HARD_LIMIT_FACTOR, _HARD_LIMIT_SECONDS = 2, 1  # what the kernel grants beyond the timer's limit
 
 _WARM_UP = ((r"\frac{\sqrt{8}}{2}", r"\sqrt{2}"), ("x^2+x", "x(x+1)"))
 """What the first expressions cost beyond the others is no question's."""
@@ -78,7 +77,7 @@ def _answer(request: dict[str, Any], limit_seconds: float) -> dict[str, Any]:
         kind=None if kind is None else AnswerKind(kind),
     )
     used = resource.getrusage(resource.RUSAGE_SELF)
-    hard = math.ceil(used.ru_utime + used.ru_stime + _HARD_LIMIT_FACTOR * limit_seconds) + _HARD_LIMIT_SECONDS
+    hard = math.ceil(used.ru_utime + used.ru_stime + limit_seconds)  # the kernel counts whole seconds
     resource.setrlimit(resource.RLIMIT_CPU, (hard, resource.RLIM_INFINITY))
     try:
         signal.setitimer(signal.ITIMER_PROF, limit_seconds, _TIMER_REPEATS_SECONDS)

@@ -112,6 +112,17 @@ def test_signals_for_the_run_do_not_reach_workers() -> None:
         assert workers.process_ids == before
 
 
+def test_a_worker_that_stands_still_is_replaced() -> None:
+    questions, expected = good(4)
+    with pool(num_workers=1) as workers:
+        assert workers.decide(questions) == expected
+        (stopped,) = workers.process_ids
+        os.kill(stopped, signal.SIGSTOP)
+        workers._wall_limit = 10.0  # enough for a new worker to start on a busy machine
+        assert workers.decide(questions) == expected
+        assert workers.process_ids != [stopped]
+
+
 def test_from_several_threads() -> None:
     questions, expected = good(30)
     with pool() as workers, ThreadPoolExecutor(4) as threads:
