@@ -34,9 +34,15 @@ def open_file(path: str, data: DataConfig, *, required: tuple[str, ...]) -> Reco
 
 
 def open_stream(
-    config: SFTConfig | WarmupConfig | AlignConfig | RLVRConfig, encode: Callable[[Record], T], *, required: tuple[str, ...]
+    config: SFTConfig | WarmupConfig | AlignConfig | RLVRConfig,
+    encode: Callable[[Record], T],
+    *,
+    required: tuple[str, ...],
+    batch_size: int | None = None,
 ) -> RecordStream[T]:
     """The stream of `data.train` or `data.mixture`, each record encoded when its batch comes up.
+
+    batch_size: records drawn at a time over all ranks; None: `trainer.global_batch_size`.
 
     Data of up to `data.index_above_mb` is read and checked here, and `bad` starts with what could not be read. Larger data is
     read record by record; of it only some records are tried here, to find what is altogether wrong.
@@ -65,7 +71,7 @@ def open_stream(
     stream = RecordStream(
         records,
         encode,
-        batch_size=config.trainer.global_batch_size,
+        batch_size=batch_size or config.trainer.global_batch_size,
         seed=seed,
         shuffle=data.shuffle,
         max_bad_sample_share=data.max_bad_sample_share,

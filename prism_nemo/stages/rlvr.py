@@ -53,8 +53,7 @@ class RLVRTrainer:
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.groups = GroupSampler(self.sampler, config)
         self.policy_update = PolicyUpdate(self.policy, config)
-        self.stream = open_stream(config, self.encode, required=("answer",))
-        self.stream.batch_size = self.groups.generation_batch_size
+        self.stream = open_stream(config, self.encode, required=("answer",), batch_size=self.groups.generation_batch_size)
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
     def encode(self, record: Record) -> EncodedPrompt:
