@@ -25,8 +25,8 @@ from prism_nemo.data.open import data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
 from prism_nemo.data.records import ImageSource, Record
 from prism_nemo.errors import DataError
-from prism_nemo.rewards.answer import check_truth
 from prism_nemo.rewards.format import parse_response
+from prism_nemo.rewards.grader import check_answer
 
 STAGES = {  # what records need in each
     "sft": ("response",),
@@ -76,7 +76,7 @@ def check_record(record: Record, checks: Checks) -> None:
         for frame in video.frames:
             _check_image(frame, record.image_root, decode=checks.images)
     if record.answer is not None and checks.stage in (None, "align", "rlvr", "eval"):
-        check_truth(record.answer)
+        check_answer(record)
     for name in _IN_FORMAT.get(checks.stage or "", ()):
         if parse_response(getattr(record, name) or "") is None:
             raise DataError(f"the {name} is not <caption>…</caption> <think>…</think> <answer>…</answer>")

@@ -12,7 +12,7 @@ from prism_nemo.data.records import Record
 from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.evaluation.held_out import open_held_out
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rewards.answer import check_truth
+from prism_nemo.rewards.grader import check_answer
 from prism_nemo.rollout.batch import RolloutBatch, prompts_at_once
 from prism_nemo.rollout.sampler import Sampler
 
@@ -54,5 +54,5 @@ class HeldOutPrompts:
 
     def _encode(self, record: Record) -> EncodedPrompt:
         if record.answer is not None:
-            check_truth(record.answer)
+            check_answer(record)
         return self.sampler.encoder.encode_prompt(record)

@@ -93,7 +93,12 @@ def measured_reward(correct: bool, config: RewardConfig) -> Reward:
     return Reward(score=config.accuracy_weight * accuracy + config.format_weight, accuracy=accuracy, format=1.0)
 
 
-def _question(given: str, record: Record) -> Question:
+def check_answer(record: Record) -> AnswerKind | None:
+    """The kind of a record's verified answer, None where its text tells.
+
+    Raises DataError for an unknown kind, and where the answer or one of its equivalents cannot be verified. Stages ask when they
+    read a record, so that a run does not find out by its first valid response.
+    """
     try:
         kind = None if record.answer_kind is None else AnswerKind(record.answer_kind)
     except ValueError:
@@ -107,4 +112,9 @@ def _question(given: str, record: Record) -> Question:
             check_truth(answer)
     except DataError as error:
         raise DataError(error.what, where=f"record {record.id}", remedy=error.remedy) from None
+    return kind
+
+
+def _question(given: str, record: Record) -> Question:
+    kind = check_answer(record)
     return Question(given=given, truth=record.answer or "", equivalent_answers=record.equivalent_answers, kind=kind)

@@ -34,8 +34,7 @@ from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
-from prism_nemo.rewards.answer import check_truth
-from prism_nemo.rewards.grader import Grader
+from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.rollout.sampler import Sampler
@@ -81,7 +80,7 @@ class AlignTrainer:
     def encode(self, record: Record) -> AlignPrompt:
         assert record.response is not None
         if record.answer is not None:
-            check_truth(record.answer)  # training does not look at it, the metrics do
+            check_answer(record)  # training does not look at it, the metrics do
         view = self.config.discriminator.view
         return AlignPrompt(
             self.encoder.encode_prompt(record), response_segments(record.response, self.encoder, view, sample=TEACHER)

@@ -40,8 +40,7 @@ from prism_nemo.errors import ConfigError, DataError, PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rewards.answer import check_truth
-from prism_nemo.rewards.grader import Grader
+from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rewards.question import AnswerKind
 from prism_nemo.rollout.batch import prompts_at_once
 from prism_nemo.rollout.sampler import Sampler
@@ -173,7 +172,7 @@ class _Curation:
     def _compared(self, number: int) -> dict[str, Any]:
         record = self.records[number]
         try:
-            check_truth(record.answer or "")
+            check_answer(record)
             if record.answer_kind is not None and record.answer_kind not in {kind.value for kind in AnswerKind}:
                 raise DataError(f"there is no kind of answer named {record.answer_kind!r}")
             return {"record": number, "fingerprint": Fingerprint.of(record).to_json()}

@@ -25,8 +25,7 @@ from prism_nemo.engine.step import reduce_metrics
 from prism_nemo.evaluation.accuracy import HeldOutPrompts
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rewards.answer import check_truth
-from prism_nemo.rewards.grader import Grader
+from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rewards.overlong import overlong_penalty
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
@@ -58,7 +57,7 @@ class RLVRTrainer:
 
     def encode(self, record: Record) -> EncodedPrompt:
         """Raises DataError for a record without an answer that can be verified, too."""
-        check_truth(record.answer or "")
+        check_answer(record)
         return self.encoder.encode_prompt(record)
 
     def fit(self) -> None:
