@@ -123,6 +123,18 @@ def test_a_worker_that_stands_still_is_replaced() -> None:
         assert workers.process_ids != [stopped]
 
 
+def test_a_large_process_keeps_its_workers() -> None:
+    """What the process that starts a worker has held is not the worker's memory."""
+    questions, expected = good(4)
+    ballast = bytearray(2**30)
+    ballast[:: 2**12] = bytes([1]) * 2**18  # touches every page
+    with pool(num_workers=1) as workers:
+        assert workers.decide(questions) == expected
+        before = workers.process_ids
+        assert workers.decide(questions) == expected
+        assert len(before) == 1 and workers.process_ids == before
+
+
 def test_from_several_threads() -> None:
     questions, expected = good(30)
     with pool() as workers, ThreadPoolExecutor(4) as threads:
