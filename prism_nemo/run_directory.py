@@ -67,6 +67,7 @@ MAY_DIFFER = (
     "data.max_bad_sample_share",
     "data.cache_dir",
     "reward.num_workers",
+    "algorithm.max_generation_batches",  # a step that succeeded does not depend on it
     "reward.cache_size",
     "trainer.max_steps",
     "trainer.max_tokens_per_row",

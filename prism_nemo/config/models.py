@@ -10,8 +10,10 @@ from pathlib import Path
 from prism_nemo.config.compose import StageConfig
 from prism_nemo.config.discriminator import check_warmed_up
 from prism_nemo.config.layout import EP, ModelSizes, check_model, read_model_sizes
-from prism_nemo.config.schema import AlignConfig, CurateConfig, ParallelConfig, WarmupConfig
+from prism_nemo.config.schema import AlignConfig, CurateConfig, ParallelConfig, RLVRConfig, WarmupConfig
 from prism_nemo.errors import ConfigError, LayoutError
+
+REFERENCE = "algorithm.policy_loss.reference_path"
 
 
 def check_models(config: StageConfig) -> None:
@@ -21,6 +23,16 @@ def check_models(config: StageConfig) -> None:
         return
     if not isinstance(config, WarmupConfig):
         models.append((read_model_sizes(Path(config.model.path), key="model.path"), config.parallel))
+    if isinstance(config, AlignConfig | RLVRConfig) and config.algorithm.policy_loss.reference_path is not None:
+        reference = read_model_sizes(Path(config.algorithm.policy_loss.reference_path), key=REFERENCE)
+        policy = models[0][0]
+        if reference.vocab_size != policy.vocab_size:
+            raise ConfigError(
+                f"the reference policy has a vocabulary of {reference.vocab_size} tokens, the policy one of {policy.vocab_size}",
+                where=REFERENCE,
+                remedy="the divergence is between two models of one tokenizer",
+            )
+        models.append((reference, config.parallel))
     if isinstance(config, WarmupConfig | AlignConfig):
         discriminator = config.discriminator
         if discriminator.path is None:

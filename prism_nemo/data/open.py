@@ -10,7 +10,7 @@ from prism_nemo.config.schema import AlignConfig, DataConfig, RLVRConfig, SFTCon
 from prism_nemo.data.bad_records import BadRecord, listing
 from prism_nemo.data.index import default_cache_dir
 from prism_nemo.data.order import EpochOrder, MixtureOrder
-from prism_nemo.data.parquet_items import refuse_large_groups
+from prism_nemo.data.parquet_items import CACHED_BYTES, refuse_large_groups
 from prism_nemo.data.paths import expand_paths
 from prism_nemo.data.readers import RecordSet, read_files, record_file
 from prism_nemo.data.record_files import JoinedRecords, RecordFile, RecordFiles, RecordList, RecordSource, UnusableRecord
@@ -59,8 +59,10 @@ def open_stream(
         }
         weights = [source.weight for source in data.mixture.values()]
         sizes = [len(source) for source in sources.values()]
+        # The sources' windows are read side by side, and all of them must fit into what is kept.
+        window_bytes = CACHED_BYTES // max(1, sum(source.blocks is not None for source in sources.values()))
         orders = [
-            EpochOrder(len(source), [seed, 1 + number], shuffle=data.shuffle, blocks=source.blocks)
+            EpochOrder(len(source), [seed, 1 + number], shuffle=data.shuffle, blocks=source.blocks, window_bytes=window_bytes)
             for number, source in enumerate(sources.values())
         ]
         records, order = JoinedRecords(sources, weights), MixtureOrder(list(sources), weights, orders, sizes)

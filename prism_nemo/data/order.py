@@ -29,14 +29,23 @@ class EpochOrder:
     """Endless epochs over `num_records`, each a permutation of its own.
 
     Where records come in `blocks` that are read as a whole, an epoch is a permutation of the blocks, taken window by window: as
-    many as fit into memory together are shuffled through. 8 bytes a record are held.
+    many as fit into `window_bytes` (by default all that is kept of row groups) are shuffled through. 8 bytes a record are held.
     """
 
-    def __init__(self, num_records: int, seed: Sequence[int], *, shuffle: bool, blocks: Sequence[Block] | None = None) -> None:
+    def __init__(
+        self,
+        num_records: int,
+        seed: Sequence[int],
+        *,
+        shuffle: bool,
+        blocks: Sequence[Block] | None = None,
+        window_bytes: int | None = None,
+    ) -> None:
         self._num_records = num_records
         self._seed = list(seed)
         self._shuffle = shuffle
         self._blocks = blocks
+        self._window_bytes = CACHED_BYTES if window_bytes is None else window_bytes
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -49,7 +58,7 @@ class EpochOrder:
             if self._blocks is None:
                 self._order = generator.permutation(self._num_records)
             else:
-                self._order = _block_permutation(self._blocks, generator)
+                self._order = _block_permutation(self._blocks, generator, self._window_bytes)
             self._epoch = epoch
         return int(self._order[offset])
 
@@ -114,12 +123,12 @@ def _interleaved(shares: Sequence[int]) -> np.ndarray:
     return cycle
 
 
-def _block_permutation(blocks: Sequence[Block], generator: np.random.Generator) -> np.ndarray:
+def _block_permutation(blocks: Sequence[Block], generator: np.random.Generator, window_bytes: int) -> np.ndarray:
     starts = np.concatenate([[0], np.cumsum([block.items for block in blocks])])
     chosen = generator.permutation(len(blocks))
     ends, held = [0], 0
     for place, number in enumerate(chosen):
-        if held and held + blocks[number].num_bytes > CACHED_BYTES:
+        if held and held + blocks[number].num_bytes > window_bytes:
             ends.append(place)
             held = 0
         held += blocks[number].num_bytes

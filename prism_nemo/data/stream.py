@@ -26,6 +26,7 @@ class RecordStream(Generic[T]):
     order          another order than the epochs', that of a mixture
     tally          of all ranks; whoever draws the batches adds every rank's `tried` and `failed` to it
     tried, failed  records of this rank's part of the last batch, and how many of them were left out
+    positions      where in the last global batch those stood that were not left out
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RecordStream(Generic[T]):
         self.tally = BadTally(max_share=max_bad_sample_share, num_records=len(records))
         self.tried = 0
         self.failed = 0
+        self.positions: list[int] = []
         self.consumed_samples = 0
         self.bad: list[BadRecord] = []  # this rank's, every bad record once, in the order of their first appearance
         self._listed: set[tuple[str, str]] = set()
@@ -63,6 +65,7 @@ class RecordStream(Generic[T]):
         start = self.consumed_samples
         self.consumed_samples += self.batch_size
         self.tried = self.failed = 0
+        self.positions = []
         batch = []
         for position in range(start + rank, start + self.batch_size, world_size):
             index = self._order(position)
@@ -74,6 +77,7 @@ class RecordStream(Generic[T]):
                 continue
             try:
                 batch.append((record, self.encode(record)))
+                self.positions.append(position - start)
             except DataError as error:
                 self._add_bad(BadRecord.from_error(record.id, f"record {record.id}", error))
         return batch

@@ -2,14 +2,14 @@
 
 A group has a signal when its answers are not all equally right: then its advantages are not all zero. Dynamic sampling replaces
 the others by groups of further prompts until the batch is full. While one generation batch is graded in the background the next
-is sampled, as long as it is clear from the share of signals so far that it will be needed. What is drawn and kept depends on
-counts over all ranks alone, never on time or on how prompts lie on ranks.
+is sampled, as long as the share of signals so far says that it will be needed. What is drawn and kept depends on counts over all
+ranks alone, never on time or on how prompts lie on ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from prism_nemo.algorithms.metrics import MetricSums, merge
@@ -27,6 +27,11 @@ class Sampled:
 
     rollouts: RolloutBatch
     metrics: MetricSums
+    positions: Sequence[int]  # of this rank's prompts in the global batch
+
+
+class NoSignalError(DataError):
+    """Dynamic sampling found too few groups with a signal. All ranks raise it alike."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,21 @@ class GroupSampler:
         self.needed = config.trainer.global_batch_size
         self.generation_batch_size = config.algorithm.generation_batch_size or self.needed
 
-    def sample(self, draw: Callable[[], Prompts], *, step: int) -> Sampled:
-        """`draw` gives this rank's prompts of the next generation batch. A collective.
+    def sample(self, draw: Callable[[], tuple[Prompts, Sequence[int]]], *, step: int) -> Sampled:
+        """`draw` gives this rank's prompts of the next generation batch, and where they stood in it. A collective.
 
-        Raises DataError when dynamic sampling has drawn `max_generation_batches` and not found enough groups with a signal.
+        Raises NoSignalError when dynamic sampling has drawn `max_generation_batches` and not found enough groups with a signal.
         """
         if not self.algorithm.dynamic_sampling:
-            rollouts = self.sampler.sample(draw(), self.rollout, step=step)
+            prompts, positions = draw()
+            rollouts = self.sampler.sample(prompts, self.rollout, step=step)
             signals = [has_signal(rollouts, prompt) for prompt in range(len(rollouts.prompts))]
-            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": (float(sum(signals)), float(len(signals)))})
+            share = float(sum(signals)), float(len(signals))
+            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": share}, positions)
         filling = _Filling()
         while True:
-            if filling.drawn < self.algorithm.max_generation_batches and self._expected(filling) < self.needed:
-                batch = self.sampler.begin(draw(), self.rollout, step=step, attempt=filling.drawn)
+            if self._draws_more(filling):
+                batch = self.sampler.begin(draw()[0], self.rollout, step=step, attempt=filling.drawn)
                 filling.pending.append(batch)
                 filling.drawn += 1
             elif filling.pending:
@@ -90,10 +97,15 @@ class GroupSampler:
             raise self._exhausted(filling)
         return self._finish(filling)
 
-    def _expected(self, filling: _Filling) -> float:
-        """Groups with a signal once all that is pending is graded, by the share so far; at first all are taken to have one."""
+    def _draws_more(self, filling: _Filling) -> bool:
+        """Whether what is kept and pending will not do, by the share of signals so far; at first all are taken to have one.
+
+        At most one batch is sampled ahead of the grades: the share of a bad beginning says little.
+        """
+        if filling.drawn == self.algorithm.max_generation_batches or len(filling.pending) > 1:
+            return False
         share = len(filling.kept) / filling.graded if filling.graded else 1.0
-        return len(filling.kept) + share * self.generation_batch_size * len(filling.pending)
+        return len(filling.kept) + share * self.generation_batch_size * len(filling.pending) < self.needed
 
     def _collect(self, filling: _Filling, step: int) -> None:
         """Takes the oldest pending rollouts in, on every rank."""
@@ -126,7 +138,7 @@ class GroupSampler:
             "dynamic_sampling/all_right": (counted * filling.all_right, counted * filling.graded),
         }
         if size == 1:
-            return Sampled(join([filling.mine[place] for place in chosen]), metrics)
+            return Sampled(join([filling.mine[place] for place in chosen]), metrics, range(self.needed))
         peers = self.runtime.gather_objects(self.runtime.rank)  # the processes that hold the same part of the model
         outgoing: list[dict[int, RolloutBatch]] = [{} for _ in range(self.runtime.world_size)]
         for position, place in enumerate(chosen):
@@ -135,20 +147,22 @@ class GroupSampler:
         arrived: dict[int, RolloutBatch] = {}
         for part in self.runtime.exchange_objects(outgoing):
             arrived |= part
-        return Sampled(join([arrived[position] for position in sorted(arrived)]), metrics)
+        positions = sorted(arrived)
+        return Sampled(join([arrived[position] for position in positions]), metrics, positions)
 
-    def _exhausted(self, filling: _Filling) -> DataError:
+    def _exhausted(self, filling: _Filling) -> NoSignalError:
         algorithm = self.algorithm
         none_right = filling.graded - len(filling.kept) - filling.all_right
         easier = none_right >= filling.all_right
-        return DataError(
+        return NoSignalError(
             f"{filling.drawn} generation batches of {self.generation_batch_size} prompts gave {len(filling.kept)} groups with a "
             f"signal, a step needs {self.needed}; of {filling.graded} groups {filling.all_right} were all right and {none_right} "
             "without a difference otherwise, mostly all wrong",
             where="algorithm.dynamic_sampling",
             remedy=f"train on {'easier' if easier else 'harder'} prompts, raise rollout.num_rollouts_per_prompt (now "
-            f"{self.rollout.num_rollouts_per_prompt}), lower trainer.global_batch_size, raise algorithm.max_generation_batches "
-            f"(now {algorithm.max_generation_batches}), or set algorithm.dynamic_sampling=false",
+            f"{self.rollout.num_rollouts_per_prompt}), lower trainer.global_batch_size, or set "
+            "algorithm.dynamic_sampling=false, in a new run from this one's weights, which are saved; or go on with more than "
+            f"algorithm.max_generation_batches={algorithm.max_generation_batches}",
         )
 
 

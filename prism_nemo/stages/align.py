@@ -182,7 +182,7 @@ class AlignTrainer:
             self.loop.guard(False, "a score", ids)
             return {}
         advantages = self.advantages(rollouts, scores)
-        update = self.policy_update.run(step, rollouts, advantages)
+        update = self.policy_update.run(step, rollouts, advantages, self.stream.positions)
         applied, result = update.applied, update.metrics
         if not self.config.algorithm.discriminator_steps_frozen:
             self.discriminator.finish_training_step()

@@ -79,6 +79,7 @@ class StageLoop:
         self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
         self._bad_steps = 0
         self._bad_listed = 0
+        self._saved_step = 0
         self._signals = StopSignals()
         self._times: dict[str, float] = {}
 
@@ -119,6 +120,7 @@ class StageLoop:
             self.experiment.rewind(0)
             return 0
         start: int = state["step"]
+        self._saved_step = start
         self._bad_steps = state["bad_steps"]
         trainer.load_state_dict(state["trainer"])
         self.experiment.rewind(start)
@@ -207,7 +209,10 @@ class StageLoop:
             self.experiment.log_metrics(done, metrics, prefix="validation")
 
     def save(self, trainer: Trainer, done: int) -> None:
-        self.checkpoints.save(done, trainer.models, {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps})
+        """Saves the state behind step `done` (from 1), unless it is saved already. A collective."""
+        if done > self._saved_step:
+            self.checkpoints.save(done, trainer.models, {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps})
+            self._saved_step = done
 
     def _anyone_was_told_to_stop(self) -> bool:
         return self.runtime.max_over_all(int(self._signals.received)) > 0

@@ -45,9 +45,12 @@ class PolicyUpdate:
             model = frozen(config.model, path=self.loss.reference_path)
             self.reference = PolicyModel(model, config.parallel, policy.runtime, policy.distribution)
 
-    def run(self, step: int, rollouts: RolloutBatch, advantages: Tensor) -> Updated:
-        """Updates the policy from rollouts with advantages [B]; all steps at the learning rate of step `step`. A collective."""
-        parts = [self.part(number, rollouts, advantages) for number in range(self.num_mini_batches)]
+    def run(self, step: int, rollouts: RolloutBatch, advantages: Tensor, positions: Sequence[int]) -> Updated:
+        """Updates the policy from rollouts with advantages [B], all steps at the learning rate of step `step`.
+
+        positions: of this rank's prompts in the global batch. A collective.
+        """
+        parts = [self.part(number, rollouts, advantages, positions) for number in range(self.num_mini_batches)]
         packed = [self.rows(batch) for batch, _ in parts]
         old: list[list[Tensor] | None] = [None] * len(parts)
         for number in range(1, len(parts)):
@@ -78,16 +81,15 @@ class PolicyUpdate:
             results.append(Updated(update.applied, metrics))
         return mean_of_updates(results)
 
-    def part(self, number: int, rollouts: RolloutBatch, advantages: Tensor) -> tuple[RolloutBatch, Tensor]:
+    def part(
+        self, number: int, rollouts: RolloutBatch, advantages: Tensor, positions: Sequence[int]
+    ) -> tuple[RolloutBatch, Tensor]:
         """This rank's rollouts and advantages of mini-batch `number`.
 
-        The global batch, whose prompts lie on the ranks in turn, is cut evenly in its order: at any number of ranks a mini-batch
-        has the same prompts.
+        The global batch is cut evenly in its order: at any number of ranks a mini-batch has the same prompts.
         """
         if self.num_mini_batches == 1:
             return rollouts, advantages
-        runtime = self.policy.runtime
-        positions = [index * runtime.data_parallel_size + runtime.data_parallel_rank for index in range(len(rollouts.prompts))]
         members = [
             index
             for index, position in enumerate(positions)

@@ -8,6 +8,7 @@ there are enough groups that teach something; normalise within the group; update
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rewards.overlong import overlong_penalty
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
-from prism_nemo.rollout.groups import GroupSampler
-from prism_nemo.rollout.sampler import Sampler
+from prism_nemo.rollout.groups import GroupSampler, NoSignalError, Sampled
+from prism_nemo.rollout.sampler import Prompts, Sampler
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_update import PolicyUpdate
 
@@ -65,13 +66,13 @@ class RLVRTrainer:
         for step in self.loop.steps(self):
             with self.loop.timed("rollout"):
                 self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
-                sampled = self.groups.sample(lambda: self.loop.next_batch(self.stream), step=step)
+                sampled = self.sample(step)
             rollouts = sampled.rollouts
             scores = self.scores(rollouts)
             advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
 
             with self.loop.timed("policy"):
-                update = self.policy_update.run(step, rollouts, advantages)
+                update = self.policy_update.run(step, rollouts, advantages, sampled.positions)
 
             self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
@@ -81,6 +82,20 @@ class RLVRTrainer:
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
             )
         self.policy.finish_training()
+
+    def sample(self, step: int) -> Sampled:
+        """The step's rollouts. What was trained so far is saved when no prompt teaches anything any more."""
+        before = self.stream.state_dict()
+        try:
+            return self.groups.sample(self.draw, step=step)
+        except NoSignalError:
+            self.stream.load_state_dict(before)
+            self.loop.save(self, step)
+            raise
+
+    def draw(self) -> tuple[Prompts, Sequence[int]]:
+        """This rank's prompts of the next generation batch, and where they stood in it."""
+        return self.loop.next_batch(self.stream), self.stream.positions
 
     def scores(self, rollouts: RolloutBatch) -> Tensor:
         """fp32 [B]: the rewards, less what responses near the length limit lose."""

@@ -15,12 +15,13 @@ from helpers.stages import run_stage, tiny_task, trainer_of, written
 from torch import Tensor
 
 from prism_nemo.algorithms.advantages import grpo_advantages
-from prism_nemo.errors import DataError
+from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import Group, Segment
 from prism_nemo.packing.rows import make_row
 from prism_nemo.rewards.grader import Grader
 from prism_nemo.rewards.registry import Reward
 from prism_nemo.rollout.batch import RolloutBatch
+from prism_nemo.rollout.groups import GroupSampler, NoSignalError
 from prism_nemo.rollout.megatron import MegatronEngine
 
 DAPO = ("algorithm=dapo", "algorithm.overlong_buffer_length=16", "optimizer.lr_warmup_iters=0")
@@ -28,7 +29,7 @@ DAPO = ("algorithm=dapo", "algorithm.overlong_buffer_length=16", "optimizer.lr_w
 
 def sampled(trainer: Any) -> tuple[RolloutBatch, Tensor]:
     trainer.policy.prepare_for_training()
-    rollouts = trainer.groups.sample(lambda: trainer.loop.next_batch(trainer.stream), step=0).rollouts
+    rollouts = trainer.groups.sample(trainer.draw, step=0).rollouts
     return rollouts, grpo_advantages(trainer.scores(rollouts), rollouts.group_ids)
 
 
@@ -51,7 +52,7 @@ def test_mini_batches_are_steps_against_the_policy_that_sampled(tmp_path: Path) 
         rollouts, advantages = sampled(trainer)
         assert float(advantages.abs().max()) > 0
         before = weights(trainer.policy)
-        update = trainer.policy_update.run(0, rollouts, advantages)
+        update = trainer.policy_update.run(0, rollouts, advantages, range(4))
         ours = weights(trainer.policy)
     assert update.applied
     assert update.metrics["reference_kl"] > 0  # of the second mini-batch; of the first it is 0
@@ -86,6 +87,31 @@ def test_mini_batches_are_steps_against_the_policy_that_sampled(tmp_path: Path) 
     # Adam's first steps divide a gradient by its own size, so entries whose gradient is rounding move by rounding's sign.
     assert {name: error for name, error in apart.items() if error > 2e-2} == {}
     assert sum(apart.values()) / len(apart) < 2e-3
+
+
+def test_a_mini_batch_holds_the_same_prompts_whoever_holds_them(tmp_path: Path) -> None:
+    """Of a batch of four whose second record is unusable: the two ranks' parts are those of one rank."""
+    with trainer_of("rlvr", tmp_path, "algorithm.num_mini_batches=2") as trainer:
+        rollouts, advantages = sampled(trainer)
+
+        def ids(prompts: list[int], positions: list[int], number: int) -> list[str]:
+            held = torch.isin(rollouts.group_ids, torch.tensor(prompts))
+            batch, values = trainer.policy_update.part(number, rollouts.select(prompts), advantages[held], positions)
+            assert len(values) == len(batch.texts)
+            return [record.id for record in batch.records]
+
+        names = [record.id for record in rollouts.records]
+        assert [ids([0, 2, 3], [0, 2, 3], number) for number in (0, 1)] == [[names[0]], [names[2], names[3]]]
+        assert [ids([0, 2], [0, 2], number) for number in (0, 1)] == [[names[0]], [names[2]]]  # the first of two ranks
+        assert [ids([3], [3], number) for number in (0, 1)] == [[], [names[3]]]  # the second
+
+
+def test_a_reference_that_is_not_there_is_found_before_anything_is_built(tmp_path: Path) -> None:
+    overrides = ("algorithm.policy_loss.kl_coefficient=0.1", f"algorithm.policy_loss.reference_path={tmp_path / 'gone'}")
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        run_stage("rlvr", tmp_path / "run", *overrides)
+    assert str(caught.value.where).startswith("algorithm.policy_loss.reference_path")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_reference_is_where_the_stage_started_also_when_it_is_resumed(tmp_path: Path) -> None:
@@ -138,6 +164,28 @@ def test_prompts_that_nobody_solves_end_the_run_with_a_remedy(tmp_path: Path) ->
     with pytest.raises(DataError, match="2 generation batches of 4 prompts gave 0 groups") as caught:
         run_stage("rlvr", tmp_path, *DAPO, "algorithm.max_generation_batches=2", f"model.path={tiny_task().model}")
     assert "easier prompts" in str(caught.value.remedy)
+
+
+def test_what_was_trained_before_the_signal_ran_out_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on from there, with more generation batches, as if nothing had happened."""
+    overrides = (*DAPO, "algorithm.generation_batch_size=3", "optimizer.lr_decay_style=constant", "trainer.max_steps=3")
+    whole = written(run_stage("rlvr", tmp_path / "whole", *overrides))
+    needed = [int(row["dynamic_sampling/generation_batches"]) for row in whole[0]]
+    assert needed[2] > 2, "the third step must need more batches than its fewest"
+    kept, real = [], GroupSampler.sample
+
+    def runs_out(self: GroupSampler, draw: Any, *, step: int) -> Any:
+        if step == 2 and not kept:
+            kept.append(step)
+            self.algorithm = replace(self.algorithm, max_generation_batches=2)
+        return real(self, draw, step=step)
+
+    monkeypatch.setattr(GroupSampler, "sample", runs_out)
+    with pytest.raises(NoSignalError, match="2 generation batches of 3 prompts"):
+        run_stage("rlvr", tmp_path / "cut", *overrides)
+    latest = (tmp_path / "cut" / "checkpoints" / "latest").read_text().strip()
+    assert latest == "step_00000002"
+    assert written(run_stage("rlvr", tmp_path / "cut", *overrides, "algorithm.max_generation_batches=20")) == whole
 
 
 class Waiting(Grader):

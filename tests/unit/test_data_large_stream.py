@@ -123,6 +123,31 @@ def test_parquet_epochs_go_through_windows_of_row_groups(
     assert near[False] > 50  # in the file's order there would be none
 
 
+def test_parquet_sources_of_a_mixture_share_what_is_kept(
+    items: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read side by side, their windows fit together: few row groups are read twice in an epoch."""
+    paths = [write(tmp_path / name, items) for name in ("a.parquet", "b.parquet")]
+    with pq.ParquetFile(paths[0]) as file:
+        limit = 6 * file.metadata.row_group(4).total_byte_size
+    cache = parquet_items.GroupCache(limit)
+    monkeypatch.setattr(parquet_items, "GROUPS", cache)
+    monkeypatch.setattr("prism_nemo.data.open.CACHED_BYTES", limit)
+    reads: list[tuple[str, int]] = []
+    add = cache.add
+
+    def counted(*arguments: Any) -> None:
+        reads.append(arguments[0])
+        add(*arguments)
+
+    monkeypatch.setattr(cache, "add", counted)
+    mixture = {name: MixtureSource(path=str(path), weight=1.0) for name, path in zip("ab", paths, strict=True)}
+    stream = opened(tmp_path, mixture=mixture, batch=10)
+    sum(ids(stream, 60), [])  # noqa: RUF017 - short lists
+    groups = -(-COUNT // 17)
+    assert len(reads) <= 1.4 * 2 * groups  # a window that ends makes room a little late
+
+
 def test_a_parquet_file_that_changes_while_it_is_read(items: list[Any], tmp_path: Path) -> None:
     path = write(tmp_path / "d.parquet", items)
     stream = opened(tmp_path, train=str(path), shuffle=False)

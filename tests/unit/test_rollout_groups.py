@@ -45,8 +45,8 @@ class Script:
         self.runtime = one_rank()
         self.events: list[str] = []
 
-    def draw(self) -> list[Any]:
-        return []
+    def draw(self) -> tuple[list[Any], list[int]]:
+        return [], []
 
     def begin(self, batch: Any, config: Any, *, step: int, attempt: int = 0) -> PendingRollouts:
         self.events.append(f"sample {attempt}")
@@ -103,11 +103,11 @@ def test_groups_without_signal_are_replaced() -> None:
 
 
 def test_the_next_batch_is_sampled_while_the_last_is_graded() -> None:
-    """With one signal in four, two more batches are needed for sure: the second is asked for before the first's grades."""
+    """With one signal in four more than one batch will be needed: the next is sampled before the last one's grades are taken."""
     one, full = [("a", SIGNAL), ("b", RIGHT), ("c", WRONG), ("d", WRONG)], [(name, SIGNAL) for name in "efgh"]
     script = Script([one, one, full, full])
     sampled = sampler_of(script).sample(script.draw, step=0)
-    assert script.events == ["sample 0", "grades 0", "sample 1", "sample 2", "sample 3", "grades 1", "grades 2", "grades 3"]
+    assert script.events == ["sample 0", "grades 0", "sample 1", "sample 2", "grades 1", "sample 3", "grades 2", "grades 3"]
     assert len(sampled.rollouts.prompts) == 4
     assert names(sampled.rollouts)[:2] == ["a", "a"]
 
@@ -118,12 +118,19 @@ def test_smaller_generation_batches() -> None:
             [("a", SIGNAL), ("b", RIGHT)],
             [("c", SIGNAL), ("d", SIGNAL)],
             [("e", SIGNAL), ("f", WRONG)],
-            [("g", WRONG), ("h", SIGNAL)],
         ]
     )
     sampled = sampler_of(script, "algorithm.generation_batch_size=2").sample(script.draw, step=0)
-    assert sorted(names(sampled.rollouts)) == ["a", "c", "d", "e"]  # h came too late
-    assert script.events[:5] == ["sample 0", "sample 1", "grades 0", "sample 2", "sample 3"]
+    assert sorted(names(sampled.rollouts)) == ["a", "c", "d", "e"]
+    assert script.events == ["sample 0", "sample 1", "grades 0", "sample 2", "grades 1", "grades 2"]
+
+
+def test_a_bad_beginning_does_not_draw_everything() -> None:
+    """No signal in the first batch says that none will do; two are under way at most, and the third is full."""
+    script = Script([[(name, WRONG) for name in "abcd"], *([(name, SIGNAL) for name in "efgh"] for _ in range(9))])
+    sampled = sampler_of(script).sample(script.draw, step=0)
+    assert script.events == ["sample 0", "grades 0", "sample 1", "sample 2", "grades 1", "grades 2"]
+    assert sampled.positions == range(4)
 
 
 @pytest.mark.parametrize(("accuracies", "remedy"), [(RIGHT, "harder"), (WRONG, "easier")])
