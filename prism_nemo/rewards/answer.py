@@ -14,7 +14,7 @@ from prism_nemo.errors import DataError
 from prism_nemo.rewards.choice import Choice, is_choice, parse_choice
 from prism_nemo.rewards.content import Content, SameExpression, no_algebra
 from prism_nemo.rewards.question import AnswerKind, Question
-from prism_nemo.rewards.readings import readings, with_remark
+from prism_nemo.rewards.readings import readings, unboxed, with_remark
 from prism_nemo.rewards.structure import alternatives
 from prism_nemo.rewards.text import normalize, same_words
 
@@ -54,7 +54,7 @@ def check_truth(truth: str) -> str:
     MAX_ANSWER_CHARACTERS: stages ask when they read a record, so that a run does not find out by its first valid response.
     """
     fits = len(truth) <= MAX_ANSWER_CHARACTERS
-    wanted = normalize(truth) if fits else ""
+    wanted = unboxed(normalize(truth)) if fits else ""
     if not wanted:
         problem = "empty" if fits else "too long to be compared"
         raise DataError(

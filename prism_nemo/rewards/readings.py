@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
-from prism_nemo.rewards.text import closing, normalize
+from prism_nemo.rewards.text import DENIES, closing, normalize
 
 _MAX_READINGS = 8
+_MAX_BOXES = 8
+_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_LETTER = re.compile(r"[A-J]")
 _PREFIX = re.compile(
     r"""(?:(?:so|thus|therefore|hence|finally|then|in\ conclusion),?\s+)?
     (?: (?:(?:the|my|our|a)\s+)?(?:(?:final|correct|right|best|closest|required|most\ likely)\s+)*
@@ -24,8 +27,16 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _VERB = re.compile(r"\s+(?:is|are|was|were|equals|will be|is equal to)\s+(?:equal to\s+)?", re.IGNORECASE)
-_NEGATION = re.compile(
-    r"\b(?:not|never|no longer|neither|nor|isn't|aren't|cannot|can't|if|unless|unlikely|wrong|incorrect)\b", re.IGNORECASE
+_BOX = r"\boxed{"
+_LEADS_TO_A_BOX = re.compile(
+    r"(?:[A-Za-z][A-Za-z' ,]*[ ,])?(?:gives?|get|obtain|has|have|find|yields?|choose|select|pick|therefore|thus|hence|so|finally)"
+    r"\s*[,:]?\s*|[A-Za-z][A-Za-z' ,]*(?::|\banswer)\s*",
+    re.IGNORECASE,
+)
+_IS_THE_ANSWER = re.compile(
+    r",?\s+(?:which\s+)?is\s+(?:the|my|our)\s+(?:(?:final|correct|right|best)\s+)*(?:answer|option|choice|solution|result)"
+    r"|\s+is\s+(?:correct|right)",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.;!?]\s+\S")
 _REMARK = re.compile(r"(?P<head>[^()]*[^()\s])\s*\((?P<remark>[^()]*)\)")
@@ -34,7 +45,10 @@ _FILLER = re.compile(r"(?:approx(?:imately|\.)?|rounded.*|about|exactly|to \d.*|
 
 def readings(text: str) -> list[str]:
     """An answer in normal form, and what is left of it when more and more of what is not the answer is taken off."""
-    found = [text]
+    found = [unboxed(text)]
+    before, box, _ = text.partition(_BOX)
+    if box and _LEADS_TO_A_BOX.fullmatch(before) and not DENIES.search(before):
+        found.append(unboxed(text[len(before) :]))
     for index in range(_MAX_READINGS):
         if index == len(found):
             break
@@ -43,6 +57,22 @@ def readings(text: str) -> list[str]:
             if plain and plain not in found:
                 found.append(plain)
     return found
+
+
+def unboxed(text: str) -> str:
+    """An answer in normal form with the contents of its boxes where they stand.
+
+    What is around a box counts: `-\\boxed{12}`, `\\boxed{5} million` and `B or \\boxed{A}` say more than the box does.
+    """
+    for _ in range(_MAX_BOXES):
+        start = text.find(_BOX)
+        if start < 0:
+            break
+        end = closing(text, start + len(_BOX) - 1)
+        end = len(text) if end < 0 else end  # one that never closes reaches to the end
+        before, boxed, behind = text[:start], text[start + len(_BOX) : end].strip(), text[end + 1 :]
+        text = normalize(before + _shielded(before, boxed, behind) + behind)
+    return text
 
 
 def with_remark(text: str) -> tuple[str, str] | None:
@@ -62,14 +92,20 @@ def _without_one_thing(text: str) -> list[str]:
     about = _ABOUT.match(text)
     if about is not None:
         others.append(text[about.end() :])
-    boxed = text.find(r"\boxed{")
-    if boxed >= 0 and text.count(r"\boxed{") == 1:
-        end = closing(text, boxed + len(r"\boxed"))
-        if end > 0:
-            others.append(text[boxed + len(r"\boxed{") : end])
-    elif boxed >= 0:
-        others.append(re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text))
+    behind = _IS_THE_ANSWER.search(text)
+    if behind is not None and behind.end() == len(text) and not DENIES.search(text):
+        others.append(text[: behind.start()])
     verbs = list(_VERB.finditer(text))
-    if len(verbs) == 1 and not _NEGATION.search(text) and not _SENTENCE_END.search(text):
+    if len(verbs) == 1 and not DENIES.search(text) and not _SENTENCE_END.search(text):
         others.append(text[verbs[0].end() :])
     return others
+
+
+def _shielded(before: str, boxed: str, behind: str) -> str:
+    """In parentheses where it would run into its neighbours: `2\\boxed{12}` is not 212, nor `\\boxed{A} dog` a dog."""
+    if _LETTER.fullmatch(boxed):
+        return f"({boxed})" if behind[:1].isspace() else boxed
+    number = _PLAIN_NUMBER.fullmatch(boxed) is not None
+    joins_before = re.search(r"[\w)}\]°π]$" if number else r"[^\s({\[=≈:]$", before) is not None
+    joins_behind = re.match(r"\d" if number else r"[^\s)}\],.;:!?=≈]", behind) is not None
+    return f"({boxed})" if joins_before or joins_behind else boxed

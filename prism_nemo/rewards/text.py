@@ -46,6 +46,7 @@ _REWRITES = tuple(
         (r"(?<=\S)~(?=[^\s\d])|\\?~", " "),
         (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\f?box(?:ed)?\s*\{", r"\\boxed{"),
         (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\circ(?![A-Za-z])", "°"),
         (r"\s+(?=[°^_])", ""),
         (r"\^\{(\w)\}", r"^\1"),
@@ -61,6 +62,13 @@ _REWRITES = tuple(
 )
 _ROOT_OF = re.compile(r"(?:√|\\?\bsqrt|\\sqrt)\s*\(")
 _QUOTES = {'"': '"', "'": "'"}
+
+DENIES = re.compile(
+    r"\b(?:not|never|no longer|neither|nor|isn't|aren't|wasn't|cannot|can't|doesn't|if|unless|unlikely|wrong|incorrect|maybe|perhaps"
+    r"|possibly|probably|might)\b",
+    re.IGNORECASE,
+)
+"""Negations and doubts: no part of a sentence with one of them stands for the whole."""
 
 
 def normalize(text: str) -> str:
@@ -153,7 +161,7 @@ def singular(word: str) -> str:
 
 def _without_delimiters(text: str) -> str:
     """`$` goes, but for one that stands for money: written `\\$`, or the only one and before a number."""
-    text = re.sub(r"\\\$(?=\s*[\d.])", _CURRENCY, text)
+    text = re.sub(r"\\\$(?=\s*(?:\\boxed\{)?\s*[\d.])", _CURRENCY, text)
     if text.count("$") == 1:
         text = re.sub(r"\$(?=\s*[\d.])", _CURRENCY, text)
     return text.replace("\\$", "").replace("$", "")
@@ -171,9 +179,9 @@ def _roots_in_braces(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     bare = text.rstrip(".,;: ").lstrip(":; ")
-    for command in (r"\boxed{", r"\fbox{"):
-        if bare.startswith(command) and closing(bare, len(command) - 1) == len(bare) - 1:
-            bare = bare[len(command) : -1].strip()
+    box = r"\boxed{"
+    if bare.startswith(box) and closing(bare, len(box) - 1) == len(bare) - 1:
+        bare = bare[len(box) : -1].strip()
     if len(bare) > 2 and bare[0] in _QUOTES and bare[-1] == _QUOTES[bare[0]] and bare.count(bare[0]) == 2:
         bare = bare[1:-1].strip()
     return bare
