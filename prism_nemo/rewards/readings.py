@@ -29,8 +29,8 @@ _ABOUT = re.compile(
 _VERB = re.compile(r"\s+(?:is|are|was|were|equals|will be|is equal to)\s+(?:equal to\s+)?", re.IGNORECASE)
 _BOX = r"\boxed{"
 _LEADS_TO_A_BOX = re.compile(
-    r"(?:[A-Za-z][A-Za-z' ,]*[ ,])?(?:gives?|get|obtain|has|have|find|yields?|choose|select|pick|therefore|thus|hence|so|finally)"
-    r"\s*[,:]?\s*|[A-Za-z][A-Za-z' ,]*(?::|\banswer)\s*",
+    r"(?:[A-Za-z][A-Za-z' ,]*[ ,])?(?:is|are|was|were|be|equals?|gives?|get|obtain|has|have|find|yields?|choose|select|pick"
+    r"|therefore|thus|hence|so|finally)\s*[,:]?\s*|[A-Za-z][A-Za-z' ,]*(?::|\banswer)\s*",
     re.IGNORECASE,
 )
 _IS_THE_ANSWER = re.compile(

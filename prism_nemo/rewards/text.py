@@ -64,8 +64,8 @@ _ROOT_OF = re.compile(r"(?:√|\\?\bsqrt|\\sqrt)\s*\(")
 _QUOTES = {'"': '"', "'": "'"}
 
 DENIES = re.compile(
-    r"\b(?:not|never|no longer|neither|nor|isn't|aren't|wasn't|cannot|can't|doesn't|if|unless|unlikely|wrong|incorrect|maybe|perhaps"
-    r"|possibly|probably|might)\b",
+    r"\b(?:not|never|no longer|neither|nor|isn't|aren't|wasn't|cannot|can't|doesn't|if|unless|unlikely|wrong|incorrect|maybe"
+    r"|perhaps|possibly|probably|might)\b",
     re.IGNORECASE,
 )
 """Negations and doubts: no part of a sentence with one of them stands for the whole."""
