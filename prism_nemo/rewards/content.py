@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from prism_nemo.rewards.names import is_asked_for, is_name
 from prism_nemo.rewards.quantity import parse_quantity, same_quantity
 from prism_nemo.rewards.question import AnswerKind
 from prism_nemo.rewards.structure import (
-    Order,
     parse_intervals,
     parse_structure,
     same_intervals,
@@ -33,7 +33,7 @@ _OPERATOR = re.compile(r"[\\^_+*/=<>≤≥×·÷π√|!∞-]|\d")
 _UNFINISHED = re.compile(r"[\d\s.,()+×·*-]*\d\s*[)\]]*\s*[+×·*-]\s*[(\[]*\s*[\d.][\d\s.,()+×·*-]*")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s*([ap])\.?\s*m\.?)?", re.IGNORECASE)
-_NAME = re.compile(r"(?:[^\W\d]|\\[A-Za-z]|[∠△])[\w'{}\\∠△ ]{0,40}(?:\([\w, ]{1,10}\))?")
+_RELATION = re.compile(r"[<>≤≥]")
 _EQUALS = re.compile(r"\s*(?<![<>=!])[=≈](?!=)\s*")
 _TRAILING_UNIT = re.compile(r"(?P<body>.*[\dπ)}\]])(?P<unit>(?:\s+[^\d\s].*|[°Ω].*|(?<=[})])[A-Za-z]{2}.*))")
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -74,6 +74,8 @@ class Content:
     def _same_intervals(self, given: str, truth: str, depth: int) -> bool | None:
         """None where one of them is no interval, or both may be points."""
         wanted, written = parse_intervals(truth), parse_intervals(given)
+        if wanted is not None and written is None and _is_solved(truth) and _RELATION.search(given):
+            return False  # `2x > 6` is not solved
         if wanted is None or written is None:
             return None
         variables = {name for name in map(variable_of, (given, truth)) if name}
@@ -85,7 +87,7 @@ class Content:
     def _same_structure(self, given: str, truth: str, depth: int) -> bool | None:
         """None where the truth is one thing, or the given is and may still say the same."""
         wanted, written = parse_structure(truth), parse_structure(given)
-        if wanted is None and written is not None and written.order is Order.BARE and not written.names:
+        if wanted is None and written is not None and len(written.elements) > 1:
             return False  # several for one
         if wanted is None or written is None:
             return None
@@ -106,24 +108,33 @@ class Content:
 
     def _same_equation(self, given: str, truth: str, depth: int) -> bool | None:
         """`x = 5` for `5`, `5` for `x = 5`, chains of equal values; None where both are equations or neither is."""
-        written, wanted = _EQUALS.split(given), _EQUALS.split(truth)
+        written, wanted = (_name_first(_EQUALS.split(text)) for text in (given, truth))
         if len(written) == len(wanted) == 1 or not all((*written, *wanted)):
             return None
         if len(wanted) == 1:
             return self._same_chain(written, truth, depth)
-        named = len(wanted) == 2 and _NAME.fullmatch(wanted[0]) is not None
+        named = len(wanted) == 2 and is_name(wanted[0])
         if len(written) == 1:
             return named and self.same(given, wanted[1], depth + 1)
-        if named and len(written) == 2 and compact(written[0]) == compact(wanted[0]):
-            return self.same(written[1], wanted[1], depth + 1)
-        return None
+        if named and compact(written[0]) == compact(wanted[0]):
+            return self._same_chain(written, wanted[1], depth)
+        return False if named and not _variables(wanted[1]) else None  # `3x = 12` is not solved
 
-    def _same_chain(self, written: list[str], truth: str, depth: int) -> bool:
-        """The last is the answer (`x = 2 + 3 = 5`), or the first where its value follows (`1/3 ≈ 0.33`); none may say another."""
-        values = [part for part in written if parse_quantity(part) is not None]
-        if not self.same(written[-1], truth, depth + 1):
-            return len(written) == 2 and self.same(written[0], truth, depth + 1) and _is_decimal_of(written[1], written[0])
-        return all(self.same(value, truth, depth + 1) for value in values)
+    def _same_chain(self, parts: list[str], truth: str, depth: int) -> bool:
+        """One is the answer and all say the same: `x = 2 + 3 = 5`, `1/3 ≈ 0.33`. Behind a name, formulas may lead to it."""
+        named = is_asked_for(parts[0])
+        values = parts[1:] if named else parts
+        if not any(self.same(value, truth, depth + 1) for value in values):
+            return False
+        return all((named and _is_formula(value)) or self._agrees(value, truth, depth) for value in values)
+
+    def _agrees(self, value: str, truth: str, depth: int) -> bool:
+        """Whether it is the truth, its rounding, or work that comes to it."""
+        if self.same(value, truth, depth + 1) or self.same(truth, value, depth + 1):
+            return True
+        work, result = _split_unit(value)[0], _split_unit(truth)[0]
+        short = max(len(work), len(result)) <= _MAX_EXPRESSION
+        return short and _is_mathematical(work) and _is_mathematical(result) and self._same_expression(work, result)
 
     def _may_be_same(self, given: str, truth: str) -> bool:
         """Whether it is worth asking. An answer that leaves sums and products of numbers to the reader is none."""
@@ -150,12 +161,18 @@ def _same_ratio(given: str, truth: str) -> bool:
     return float(wanted[1]) * float(written[2]) == float(wanted[2]) * float(written[1])
 
 
-def _is_decimal_of(decimal: str, exact: str) -> bool:
-    """Whether the second of a chain is at least near the first, where both are plain numbers."""
-    one, other = parse_quantity(decimal), parse_quantity(exact)
-    if one is None:
-        return False
-    return other is None or abs(one.value - other.value) <= abs(other.value) / 50
+def _name_first(parts: list[str]) -> list[str]:
+    """`5 = x` as `x = 5`."""
+    return parts[::-1] if len(parts) == 2 and is_name(parts[1]) and not is_name(parts[0]) else parts
+
+
+def _is_solved(inequality: str) -> bool:
+    """Whether it bounds one variable by numbers."""
+    return variable_of(inequality) is not None and len(_variables(inequality)) == 1
+
+
+def _is_formula(text: str) -> bool:
+    return parse_quantity(text) is None and bool(_variables(_split_unit(text)[0]))
 
 
 def _bare(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from prism_nemo.rewards.names import is_asked_for
 from prism_nemo.rewards.text import DENIES, closing, normalize
 
 _MAX_READINGS = 8
@@ -27,6 +28,7 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _VERB = re.compile(r"\s+(?:is|are|was|were|equals|will be|is equal to)\s+(?:equal to\s+)?", re.IGNORECASE)
+_WORD = re.compile(r"[A-Za-z]{2,}\s")
 _BOX = r"\boxed{"
 _LEADS_TO_A_BOX = re.compile(
     r"(?:[A-Za-z][A-Za-z' ,]*[ ,])?(?:is|are|was|were|be|equals?|gives?|get|obtain|has|have|find|yields?|choose|select|pick"
@@ -97,7 +99,9 @@ def _without_one_thing(text: str) -> list[str]:
         others.append(text[: behind.start()])
     verbs = list(_VERB.finditer(text))
     if len(verbs) == 1 and not DENIES.search(text) and not _SENTENCE_END.search(text):
-        others.append(text[verbs[0].end() :])
+        subject, said = text[: verbs[0].start()], text[verbs[0].end() :]
+        if _WORD.match(subject) or (is_asked_for(subject) and not _LETTER.fullmatch(said)):  # not "A is B"
+            others.append(said)
     return others
 
 
