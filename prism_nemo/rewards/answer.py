@@ -87,7 +87,7 @@ class _Matcher:
 
     def __init__(self, truth: str, kind: AnswerKind | None, content: Content) -> None:
         self.truth, self.kind, self.content = truth, kind, content
-        choice = parse_choice(truth) if kind in (None, AnswerKind.CHOICE) else None
+        choice = parse_choice(truth, any_text=True) if kind in (None, AnswerKind.CHOICE) else None
         self.choice = choice if choice is not None and (kind is not None or is_choice(truth, choice)) else None
         self.boolean = _boolean(truth) if kind in (None, AnswerKind.BOOLEAN) else None
 
@@ -106,11 +106,17 @@ class _Matcher:
         return chosen is not None and bool(chosen.text) and self._accepts_content(chosen.text)
 
     def _accepts_choice(self, given: str, wanted: Choice) -> bool:
+        if wanted.text and self._says_option(given, wanted):
+            return True
         written = parse_choice(given)
-        if written is None:
-            return bool(wanted.text) and self.content.same(given, wanted.text)
-        same_text = not (wanted.text and written.text) or self.content.same(written.text, wanted.text)
-        return written.letters == wanted.letters and same_text
+        return written is not None and written.letters == wanted.letters and not (wanted.text and written.text)
+
+    def _says_option(self, given: str, wanted: Choice) -> bool:
+        """The option's text, alone or behind its letter."""
+        written = parse_choice(given, any_text=True)
+        if written is not None and written.text:
+            return written.letters == wanted.letters and self.content.same(written.text, wanted.text)
+        return (written is None or len(written.letters) > 1) and self.content.same(given, wanted.text)
 
     def _accepts_content(self, given: str) -> bool:
         """Hedging earns nothing: of `A or B`, both must be right, but where the truth itself has several."""

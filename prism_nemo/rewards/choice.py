@@ -16,7 +16,17 @@ _SEPARATORS = re.compile(r"[\s,;&]+(?:and\s+)?|\s+")
 _SINGLE = re.compile(r"[(\[]?([A-Ja-j])[)\]]?")
 _JOINED = re.compile(r"[A-J]{2,6}")
 _LABEL = re.compile(r"(?<![^\s,;(])\(?([A-J])[.:)](?=\s|$)")
-_ANOTHER = re.compile(r"\b(?:or|and|not)\s+\(?[A-Ja-j]\)?(?![\w'])|\b[A-J]\s+is\b|^(?:or|and)\b|^[/&|,]|^\(?[A-Ja-j]\)?$")
+_ANOTHER = re.compile(  # a second letter, behind the first one
+    r"^[/&|,]|^(?:or|and)\b|^\(?[A-Ja-j]\)?$"
+    r"|(?:^|[,;.!?]\s*|\b(?i:or|not|nor|but|actually|wait|no|maybe|perhaps|possibly|mean|think|guess|rather|instead|is|it's)\s+)"
+    r"(?i:(?:option|choice|answer)\s+)?\(?[A-J](?![\w'])"
+    r"|\b[A-J]\s+is\s+(?i:the\b|right|correct|better|best)"
+)
+_TAKEN_BACK = re.compile(
+    r"(?:(?:is|was)\s+)?(?:wrong|incorrect|not\s+(?:the|correct|right|sure|it)\b)|(?:isn't|wasn't)\b", re.IGNORECASE
+)
+_PART = re.compile(r"(?<!\w)\([a-j]\)\s")  # "(a) 5 (b) 6"
+_OF_OPTIONS = re.compile(r"(?:both|neither|either|only|all|none)\b[^.;?!]*", re.IGNORECASE)  # "Neither A nor B"
 
 
 @dataclass(frozen=True)
@@ -25,21 +35,24 @@ class Choice:
     text: str = ""  # what stands with a single letter, or nothing
 
 
-def parse_choice(text: str) -> Choice | None:
-    """A choice, from an answer in normal form that is nothing else; None where it is not clear what was chosen."""
+def parse_choice(text: str, *, any_text: bool = False) -> Choice | None:
+    """A choice, from an answer in normal form that is nothing else; None where it is not clear what was chosen.
+
+    `any_text`: what stands behind a letter is known to be the option's text, and may speak of other letters.
+    """
     labels = _LABEL.findall(text)
     if len(set(labels)) > 1 and _LABEL.match(text):  # "A. red, C. blue"
         return Choice(frozenset(labels))
+    said = _SAID.fullmatch(text)
+    if said is not None:
+        return Choice(frozenset(said["letter"]))
     found = _ONE.fullmatch(text)
     if found is not None:
         bare, behind = found["bare"], found["text"] or ""
         letter = found["round"] or found["square"] or found["curly"] or bare
         clear = not behind or not bare or found["delimiter"]  # "a dog" is no choice
-        if clear and not _ANOTHER.search(behind):
+        if clear and not _PART.search(behind) and (any_text or not _unclear(behind)):
             return Choice(frozenset(letter.upper()), behind)
-    said = _SAID.fullmatch(text)
-    if said is not None:
-        return Choice(frozenset(said["letter"]))
     several = [_SINGLE.fullmatch(part) for part in _SEPARATORS.split(text, maxsplit=10)]
     letters = [part[1].upper() for part in several if part]
     if len(letters) == len(several) == len(set(letters)) > 1:
@@ -57,3 +70,8 @@ def is_choice(truth: str, choice: Choice) -> bool:
     if len(choice.letters) == 1:
         return len(truth) > 1 or truth.upper() in choice.letters
     return not _JOINED.fullmatch(truth) or list(truth) == sorted(truth)
+
+
+def _unclear(behind: str) -> bool:
+    """Whether the text behind a letter takes it back, or names another."""
+    return _TAKEN_BACK.match(behind) is not None or (_ANOTHER.search(behind) is not None and not _OF_OPTIONS.fullmatch(behind))

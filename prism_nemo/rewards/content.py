@@ -132,7 +132,8 @@ class Content:
         """Whether it is the truth, its rounding, or work that comes to it."""
         if self.same(value, truth, depth + 1) or self.same(truth, value, depth + 1):
             return True
-        work, result = _split_unit(value)[0], _split_unit(truth)[0]
+        angle = "°" in value + truth  # algebra knows degrees
+        work, result = (value, truth) if angle else (_split_unit(value)[0], _split_unit(truth)[0])
         short = max(len(work), len(result)) <= _MAX_EXPRESSION
         return short and _is_mathematical(work) and _is_mathematical(result) and self._same_expression(work, result)
 

@@ -140,7 +140,7 @@ def _same_in_any_order(given: Sequence[T], truth: Sequence[T], same: Callable[[T
 
 
 def _bracketed(text: str) -> Structure | None:
-    start = re.match(r"(?:[A-Z]'?\s*)?(?=\()|(?:\\?vec\{\w+\}|\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=[(<])", text)
+    start = re.match(r"(?:\\?vec\{\w+\}|\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=[(<])|(?:[A-Z]'?\s*)?(?=\()", text)
     body = text[start.end() :] if start else text
     if len(body) > 2 and body[0] == "<" and body[-1] == ">":
         body = "(" + body[1:-1] + ")"
