@@ -18,7 +18,8 @@ _DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+(?![ ]?/)|\d
 _TEN_TO = r"\s*[×·*xX]\s*10\s*\^\s*(?:\{(?P<braced>[+-]?\d{1,3})\}|(?P<plain>[+-]?\d{1,3}))"
 _FRACTION_COMMAND = re.compile(rf"\\frac\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}|\\frac\s*(\d)\s*(\d)", re.ASCII)
 _REPEATING = re.compile(r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|(\d)\4+…)", re.ASCII)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7}
+_SHORT_SCALES = {"mn": 6, "mln": 6, "bn": 9, "tn": 12}  # MN are meganewtons
 _QUANTITY = re.compile(
     rf"""
     (?P<sign>[+-]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<inner_sign>[+-]?)
@@ -26,7 +27,7 @@ _QUANTITY = re.compile(
       | (?P<numerator>-?{_DECIMAL})\s*/\s*(?P<denominator>-?{_DECIMAL})
       | (?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?\d{{1,3}})|{_TEN_TO})?
     )
-    (?P<scale>\s+(?:{"|".join(_SCALES)}|dozen)s?(?![a-z]))?
+    (?P<scale>\s*(?:(?i:{"|".join(_SCALES)}|dozen)s?|{"|".join(_SHORT_SCALES)})(?![a-zA-Z]))?
     (?P<space>\s*)(?P<rest>[^\d\s].*)?
     """,
     re.VERBOSE | re.ASCII,
@@ -43,6 +44,9 @@ _NUMBER_WORDS = re.compile(
     rf"(?:(?:(?P<tens>{_TENS.replace(' ', '|')})[- ])?(?P<word>{'|'.join(_WORDS)})\b|(?=[\d.\\]))",
     re.IGNORECASE,
 )
+_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth"
+_PARTS = {"half": 2, "halve": 2, "quarter": 4, "hundredth": 100} | {word: 3 + index for index, word in enumerate(_ORDINALS.split())}
+_PART = re.compile(rf"(-?\d+)[- ]({'|'.join(_PARTS)})s?", re.IGNORECASE)
 _PERCENT = re.compile(r"(?i:%|per ?cent(?:age points?)?)(?P<noun>\s.*)?")
 
 
@@ -152,9 +156,9 @@ def _value(found: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
             return None
         value = Fraction(_plain(found["whole"] or "0")) + Fraction(_plain(top)) / Fraction(_plain(bottom))
         written, exact = "", None
-    scale = (found["scale"] or "").strip().rstrip("s")
+    scale = (found["scale"] or "").strip().casefold().rstrip("s")
     if scale:
-        value *= 12 if scale == "dozen" else 10 ** _SCALES[scale]
+        value *= 12 if scale == "dozen" else 10 ** (_SCALES | _SHORT_SCALES)[scale]
         exact = 0 if value.denominator == 1 else None
     return value, exact, len(written.replace(".", "").lstrip("0"))
 
@@ -179,7 +183,13 @@ def _repeating_fraction(found: re.Match[str]) -> str:
 
 
 def _digits(text: str) -> str:
-    """A number word at the beginning in digits."""
+    """A number word at the beginning in digits, and `2 thirds` as a fraction."""
+    text = _first_digits(text)
+    part = _PART.fullmatch(text)
+    return f"{part[1]}/{_PARTS[part[2].casefold()]}" if part else text
+
+
+def _first_digits(text: str) -> str:
     found = _NUMBER_WORDS.match(text)
     if found is None or not found[0]:
         return text

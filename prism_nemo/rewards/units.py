@@ -79,8 +79,17 @@ _PLAIN: tuple[tuple[str, str, dict[str, int]], ...] = (  # names, factor, dimens
     ("atm atmosphere", "1", {"atm": 1}),
     ("bit", "1", {"bit": 1}),
     ("byte", "8", {"bit": 1}),
+    ("kb Kb", "1000", {"bit": 1}),
+    ("Mb", "1000000", {"bit": 1}),
+    ("Gb", "1000000000", {"bit": 1}),
+    ("kB KB", "8000", {"bit": 1}),
+    ("MB", "8000000", {"bit": 1}),
+    ("GB", "8000000000", {"bit": 1}),
+    ("TB", "8000000000000", {"bit": 1}),
+    ("Mhz MHZ", "1000000", {"s": -1}),
+    ("Nm", "1", _JOULE),
     ("mph", "1397/3125", {"m": 1, "s": -1}),
-    ("kph kmh", "5/18", {"m": 1, "s": -1}),
+    ("kph kmh kmph", "5/18", {"m": 1, "s": -1}),
     ("rpm", "1", {"rpm": 1}),
 )
 
@@ -99,6 +108,8 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int]]]:
 
 
 _TABLE = _table()
+_CASELESS = {name.casefold(): entry for name, entry in _TABLE.items() if len(name) > 2 and name.islower()}
+_CASELESS |= {name.casefold(): _TABLE[name] for name in listed("kg km kW kJ kV Hz kHz GHz kPa cm dL cL ft lb oz yd hr ha")}
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -115,12 +126,18 @@ _REWRITES = tuple(
 _FACTOR = re.compile(r"([^\W\d_]+|°[CF]?|[$€£¥₹¢℃℉″′\"'])(?:\^?\{?(-?\d)\}?)?")
 _UNITLESS = frozenset(("unit", "square unit", "sq unit", "sq. unit", "cubic unit", "unit^2", "unit^3"))
 _NOUN = re.compile(r"[^\W\d_]{2,}(?:[ -][^\W\d_]{2,}){0,3}")
-_NO_NOUNS = frozenset(
+_NO_NOUNS = frozenset(  # in the singular: words that say another number, another magnitude, a date, or that this one is not meant
     listed(
-        "or and to plus minus times than more less if not but is are at least most between through per of by over pi ln log sin"
-        " cos tan maybe perhaps am pm hundred thousand million billion trillion dozen half mod sqrt"
+        "or and to plus minus times than more less fewer if not but is are at least most between through per of by over under below"
+        " above beyond pi ln log sin cos tan mod sqrt am pm im maybe perhaps nope wait actually or wrong incorrect false unlike unless"
+        " except without zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion"
+        " bn mn mln tn lakh crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth"
+        " hundredth thousandth millionth billionth squared cubed square cube root factorial power negative positive percent ish too"
+        " guess odd some something january february march april may june july august september october november december"
     )
 )
+_ADVERB = re.compile(r"(?!(?:family|only|early|daily|weekly|monthly|yearly|fly|lily|jelly|belly|bully|ally|assembly|anomaly|supply)$)\w+ly")
 
 
 def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
@@ -133,9 +150,10 @@ def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
         return Unit(known.dimensions, known.factor, doubtful=attached and len(text) == 1 and text.isascii() and text.isalpha())
     if attached and text.isascii():  # "7th", "7x"
         return None
-    if not _NOUN.fullmatch(text) or not _NO_NOUNS.isdisjoint(text.casefold().replace("-", " ").split()):
+    words = [singular(_folded(word)) for word in text.replace("-", " ").split()]
+    if not _NOUN.fullmatch(text) or not _NO_NOUNS.isdisjoint(words) or any(map(_ADVERB.fullmatch, words)):
         return None
-    return Unit(noun=" ".join(singular(word) for word in text.casefold().replace("-", " ").split()))
+    return Unit(noun=" ".join(words))
 
 
 def known_unit(text: str) -> Unit | None:
@@ -179,10 +197,11 @@ def conversion(given: Unit, truth: Unit) -> Fraction | None:
 
 
 def _entry(name: str) -> tuple[Fraction, dict[str, int]] | None:
-    """Symbols keep their case, as far as it tells units apart; words do not, and may be in the plural."""
+    """Symbols keep their case, but for the few whose case says nothing; words do not, and may be in the plural."""
     folded = name.casefold()
-    if name in _TABLE:
-        return _TABLE[name]
-    if len(name) > 1:
-        return _TABLE.get(folded) or _TABLE.get("feet" if folded == "feet" else folded[:-1] if folded[-1] == "s" else "")
-    return None
+    return _TABLE.get(name) or _CASELESS.get(folded) or (_CASELESS.get(folded[:-1]) if folded[-1] == "s" else None)
+
+
+def _folded(word: str) -> str:
+    """Without case, but for what may be a symbol that is not known here: `Mx`, `MBps`."""
+    return word if len(word) <= 2 or not (word.islower() or word.isupper() or word.istitle()) else word.casefold()
