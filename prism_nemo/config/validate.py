@@ -11,7 +11,7 @@ from prism_nemo.config.algorithms import check_algorithm
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.data_files import check_data_files
 from prism_nemo.config.endpoint import check_curation, check_endpoint
-from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutEngineKind, Routing, StageKind
+from prism_nemo.config.enums import DiscriminatorView, Precision, Routing, StageKind
 from prism_nemo.config.evaluation import check_pass_at_k
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
@@ -22,6 +22,7 @@ from prism_nemo.config.layout import (
 )
 from prism_nemo.config.models import about_the_discriminator, check_models
 from prism_nemo.config.ranges import check_ranges
+from prism_nemo.config.rollout import check_rollout
 from prism_nemo.config.schema import (
     AlignConfig,
     CurateConfig,
@@ -111,7 +112,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | CurateConfig):
         _check_sampling(config.rollout)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig | CurateConfig):
-        _check_rollout_engine(config.rollout)
+        check_rollout(config.rollout, world_size)
     if isinstance(config, EvalConfig):
         _check_greedy(config.rollout)
         check_pass_at_k(config)
@@ -254,11 +255,6 @@ def _check_greedy(rollout: RolloutConfig) -> None:
             where="rollout.temperature, rollout.num_rollouts_per_prompt",
             remedy="set rollout.num_rollouts_per_prompt=1, or a temperature above 0",
         )
-
-
-def _check_rollout_engine(rollout: RolloutConfig) -> None:
-    if rollout.engine is RolloutEngineKind.vllm:
-        raise ConfigError("vLLM rollouts are not in this release", where="rollout.engine", remedy="use rollout=megatron")
 
 
 def check_exp_manager(settings: Mapping[str, Any]) -> None:

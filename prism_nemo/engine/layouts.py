@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as parallel_random
 
@@ -26,11 +27,15 @@ _TRACKER = "_CUDA_RNG_STATE_TRACKER"
 
 @dataclass(eq=False)
 class Layout:
-    """The groups of one layout, as Megatron's globals; those of the active layout are kept up to date by Megatron itself."""
+    """The groups of one layout, as Megatron's globals; those of the active layout are kept up to date by Megatron itself.
+
+    model_group   of the ranks that hold one model between them, their leader first; None where every rank holds a whole one
+    """
 
     sizes: Sizes
     state: dict[str, Any]
     tracker: Any
+    model_group: dist.ProcessGroup | None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -79,9 +84,20 @@ def use(parallel: ParallelConfig) -> Layout:
             expert_tensor_parallel_size=sizes[5],
             create_gloo_process_groups=True,
         )
-        _active = _layouts[sizes] = Layout(sizes, _globals(), getattr(parallel_random, _TRACKER))
+        _active = _layouts[sizes] = Layout(sizes, _globals(), getattr(parallel_random, _TRACKER), _make_model_group())
     _switch(_layouts[sizes])
     return _layouts[sizes]
+
+
+def _make_model_group() -> dist.ProcessGroup | None:
+    """For Python objects, over gloo. A collective of all ranks."""
+    if parallel_state.get_data_parallel_world_size() == dist.get_world_size():
+        return None
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, parallel_state.get_data_parallel_rank())
+    models = [[rank for rank, place in enumerate(places) if place == model] for model in sorted(set(places))]
+    group, _ = dist.new_subgroups_by_enumeration(models, backend="gloo")
+    return group
 
 
 def forget_all() -> None:

@@ -156,19 +156,20 @@ class Runtime:
         """
         if self.world_size == 1:
             return make()
-        leads = self.is_leader
-        value: T | PrismError | None = None
-        if leads:
+        made: list[T | None] = [None]
+        problem: PrismError | None = None
+        if self.is_leader:
             try:
-                value = make()
+                made = [make()]
             except PrismError as error:
-                value = error
-        parcels = self.gather_objects_over_all((self.data_parallel_rank, value) if leads else None)
-        values = dict(parcel for parcel in parcels if parcel is not None)
-        for found in values.values():
-            if isinstance(found, PrismError):
+                problem = error
+        for found in self.gather_objects_over_all(problem):
+            if found is not None:
                 raise found
-        return cast(T, values[self.data_parallel_rank])
+        group = self.layout.model_group
+        if group is not None:
+            dist.broadcast_object_list(made, group=group, group_src=0)
+        return cast(T, made[0])
 
     def barrier(self) -> None:
         if self.world_size > 1:

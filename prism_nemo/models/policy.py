@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from prism_nemo.models.context import RoutingContext, token_kinds
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.fp8 import layer_kind
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
-from prism_nemo.models.weights import export_hf_tensors, load_weights
+from prism_nemo.models.weights import HFTensors, load_weights
 from prism_nemo.packing.rows import PackedRow
 from prism_nemo.run_directory import resolve_model_directory
 
@@ -103,9 +103,9 @@ class PolicyModel(TrainableModel):
     def forward_row(self, module: torch.nn.Module, row: PackedRow) -> PolicyOutput:
         return module(row, self.distribution, self.with_entropy)
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self) -> HFTensors:
         """(HuggingFace name, full tensor) of all weights, gathered as they are asked for; updates rollout engines."""
-        return export_hf_tensors(self.chunks, self.hf_config)
+        return HFTensors(self.chunks, self.hf_config)
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow]) -> list[Tensor]:
         """fp32 [N] log-probabilities of every row's labels, without gradients."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def export_hf_tensors(model: Chunks, config: Mapping[str, Any], *, score_head: b
     """(HuggingFace name, full tensor) of every parameter, gathered over the ranks that share a model; every rank must iterate."""
     gather = _Gather(model, config, score_head=score_head)
     return export_tensors(config, gather, score_head=score_head)
+
+
+@dataclass(frozen=True, eq=False)
+class HFTensors:
+    """What `export_hf_tensors` gives, to be iterated as often as one likes: each time the weights of that moment."""
+
+    model: Chunks
+    config: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return export_hf_tensors(self.model, self.config)
 
 
 class _Gather:

@@ -7,16 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from prism_nemo.config.enums import RolloutEngineKind
-from prism_nemo.config.schema import RolloutConfig
+from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
+from prism_nemo.config.rollout import RolloutConfig
+from prism_nemo.config.schema import DataConfig
 from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 
 if TYPE_CHECKING:
-    from prism_nemo.engine.chunks import Chunks
+    from prism_nemo.models.policy import PolicyModel
+
+
+FinishReason = Literal["stop", "length", "timeout"]
+"""The end token was sampled; `max_new_tokens` were; or time was up, and the tokens are what there was by then."""
 
 
 class RolloutError(PrismError):
@@ -53,12 +57,55 @@ class Rollout:
     prompt_index: int
     tokens: Tensor
     log_probs: Tensor
-    finish_reason: Literal["stop", "length"]
-    weights_version: int  # of the last `update_weights`
+    finish_reason: FinishReason
+    weights_version: int  # of the last `update_weights` before it was sampled
+
+
+class WeightsLostError(PrismError):
+    """No replica has the weights any more; `RolloutEngine.restore_weights` gives them back, and then `collect` goes on."""
+
+
+class PendingGeneration(Protocol):
+    """A `generate` that was started."""
+
+    def collect(self) -> list[Rollout]:
+        """Waits for the rollouts. For the leader of a model's ranks alone, from any thread: it is no collective.
+
+        Raises WeightsLostError as often as that happens; it may be called again. What was generated before is not lost.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What an engine gives that generates at once: the rollouts, on every rank."""
+
+    rollouts: list[Rollout]
+
+    def collect(self) -> list[Rollout]:
+        return self.rollouts
 
 
 class RolloutEngine(Protocol):
     """Every rank of a model calls every method, with the same arguments."""
+
+    def start(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        num_rollouts_per_prompt: int,
+        seeds: Sequence[int],
+    ) -> PendingGeneration:
+        """`generate`, in the background where the engine runs in other processes; else it is done when this returns.
+
+        The rollouts are of the weights of now: `update_weights` may be called only when all that was started is collected.
+        """
+        ...
+
+    def restore_weights(self, version: int) -> None:
+        """Sends the tensors of the last `update_weights` again, as they are by now, as `version`."""
+        ...
 
     def generate(
         self,
@@ -76,7 +123,10 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """From now on sample from these weights ((HuggingFace name, full tensor) of all of them), called `version`."""
+        """From now on sample from these weights ((HuggingFace name, full tensor) of all of them), called `version`.
+
+        `tensors` can be iterated again, until the next update: to iterate is a collective of the ranks that hold the weights.
+        """
         ...
 
     def sleep(self) -> None:
@@ -85,6 +135,10 @@ class RolloutEngine(Protocol):
 
     def wake_up(self) -> None: ...
 
+    def close(self) -> None:
+        """Ends what the engine started. Safe to call twice."""
+        ...
+
 
 def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
     """The seed, 63 bits, of rollout `index` of a prompt at a training step; the same on every machine and at every rank count."""
@@ -92,14 +146,12 @@ def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def build_engine(config: RolloutConfig, model: Chunks, *, device: torch.device) -> RolloutEngine:
-    """The engine that the configuration names, for an unwrapped policy (its chunks). Raises ConfigError when there is none."""
-    if config.engine is RolloutEngineKind.megatron:
-        from prism_nemo.rollout.megatron import MegatronEngine
+def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig) -> RolloutEngine:
+    """The engine that the configuration names. It has no weights before the first `update_weights`. A collective of all ranks."""
+    if config.placement is RolloutPlacement.separate:
+        raise ConfigError("rollout servers are not in this release", where="rollout.placement", remedy="use colocated")
+    if config.engine is RolloutEngineKind.vllm:
+        raise ConfigError("vLLM rollouts are not in this release", where="rollout.engine", remedy="use rollout=megatron")
+    from prism_nemo.rollout.megatron import MegatronEngine
 
-        return MegatronEngine(model, device=device, max_batch_size=config.max_batch_size)
-    raise ConfigError(
-        f"the rollout engine {config.engine.value!r} is not available",
-        where="rollout.engine",
-        remedy="use rollout.engine=megatron",
-    )
+    return MegatronEngine(policy.chunks, device=policy.runtime.device, max_batch_size=config.max_batch_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums, mean_of
-from prism_nemo.config.schema import RolloutConfig
+from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.records import Record
 from prism_nemo.packing.groups import EncodedPrompt

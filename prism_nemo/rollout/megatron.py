@@ -23,7 +23,7 @@ from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.groups import EncodedPrompt, Group
 from prism_nemo.packing.rows import PackedRow, RowLayout, make_row
-from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
+from prism_nemo.rollout.base import Generated, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.cache import DecodeCache, PromptCache
 from prism_nemo.rollout.sampling import Sampler, uniforms
 
@@ -69,7 +69,7 @@ class MegatronEngine:
         self._row_multiple = self._tp.size() if model.config.sequence_parallel else 1
         # bf16 products are no faster than fp32 ones on a CPU at these shapes, and would be cast each time
         self._cache_dtype = torch.float32 if device.type == "cpu" else model.config.params_dtype
-        self._weights_version = 0
+        self._weights_version = -1  # none was noted yet
         self._asleep = False
         idle = make_row([], pad_multiple=self._row_multiple, patch_size=model.shape.vision.patch_width)
         self._idle_row = idle.to(device)  # padding only, without images
@@ -82,12 +82,30 @@ class MegatronEngine:
         assert version >= self._weights_version, f"weights went from version {self._weights_version} back to {version}"
         self._weights_version = version
 
+    def restore_weights(self, version: int) -> None:
+        """The weights are never lost."""
+        self._weights_version = version
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def sleep(self) -> None:
         """Caches live only within `generate`, so there is nothing to give back."""
         self._asleep = True
 
     def wake_up(self) -> None:
         self._asleep = False
+
+    def start(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        *,
+        num_rollouts_per_prompt: int,
+        seeds: Sequence[int],
+    ) -> Generated:
+        """All at once: only one thread may use the model."""
+        return Generated(self.generate(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds))
 
     @torch.no_grad()
     def generate(

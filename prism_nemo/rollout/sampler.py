@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from prism_nemo.config.schema import RolloutConfig
+from torch import Tensor
+
+from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.records import Record
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.grader import Grader
 from prism_nemo.rewards.registry import Reward
-from prism_nemo.rollout.base import RolloutEngine, rollout_seed
+from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutEngine, RolloutError, WeightsLostError, rollout_seed
 from prism_nemo.rollout.batch import RolloutBatch, sampling_params
 
 Prompts = Sequence[tuple[Record, EncodedPrompt]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Sampler:
-    """A policy's engine with all that is needed to sample from it. Without a grader nothing is graded."""
+    """A policy's engine with all that is needed to sample from it. Without a grader nothing is graded.
+
+    weights_version   of the weights that the engine has; -1 where it was given none
+    """
 
     engine: RolloutEngine
     encoder: ChatEncoder
     grader: Grader | None
     runtime: Runtime
     seed: int
+    weights_version: int = -1
     _background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grading"), init=False, repr=False)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Gives the engine the policy's weights, unless it has them (see `RolloutEngine.update_weights`). A collective."""
+        if version != self.weights_version:
+            self.engine.update_weights(tensors, version)
+            self.weights_version = version
+
+    def sleep(self) -> None:
+        """Nothing is sampled for a while: gives memory back. `begin` wakes the engine up."""
+        self.engine.sleep()
+
+    def close(self) -> None:
+        """Ends what the engine started."""
+        self.engine.close()
 
     def sample(self, batch: Prompts, config: RolloutConfig, *, step: int) -> RolloutBatch:
         """`num_rollouts_per_prompt` graded responses to each prompt. A collective."""
         return self.begin(batch, config, step=step).result()
 
     def begin(self, batch: Prompts, config: RolloutConfig, *, step: int, attempt: int = 0) -> PendingRollouts:
-        """Samples, and leaves the grading to the background: more can be sampled meanwhile.
+        """Starts to sample and to grade; what can be done in the background goes on there.
 
         Seeds depend on the run's seed, the step, the record and the response's number, and on `attempt`: a prompt that comes up
         again within a step gets other responses. A collective of the ranks that hold one model.
@@ -44,36 +64,75 @@ class Sampler:
         records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
         keys = [record.id if attempt == 0 else f"{record.id} {attempt}" for record in records]
         seeds = [rollout_seed(self.seed, step, key, index) for key in keys for index in range(count)]
-        rollouts = self.engine.generate(
-            prompts, sampling_params(config, self.encoder), num_rollouts_per_prompt=count, seeds=seeds
-        )
-        texts = [self.encoder.decode(rollout.tokens) for rollout in rollouts]
-        sampled = RolloutBatch(records, prompts, rollouts, texts, [None] * len(texts))
-        if self.grader is None:
-            return PendingRollouts(sampled, None, self.runtime)
-        # Once per model: the ranks that hold it must agree, and what judges may cost.
-        grades = None
-        if self.runtime.is_leader:
-            graded = [records[rollout.prompt_index] for rollout in rollouts]
-            grades = self._background.submit(self.grader.grade, texts, graded)
-        return PendingRollouts(sampled, grades, self.runtime, shared=True)
+        self.engine.wake_up()
+        generation = self.engine.start(prompts, sampling_params(config, self.encoder), num_rollouts_per_prompt=count, seeds=seeds)
+        return PendingRollouts(self, records, prompts, generation)
+
+    def in_background(self, pending: PendingRollouts) -> Future[_Graded]:
+        """One batch after the other, so that grades do not depend on which is ready first."""
+        return self._background.submit(pending.collect_and_grade)
 
 
 @dataclass(frozen=True, eq=False)
-class PendingRollouts:
-    """Rollouts whose grades are on their way."""
+class _Graded:
+    rollouts: list[Rollout]
+    texts: list[str]
+    rewards: list[Reward | None]
 
-    sampled: RolloutBatch
-    grades: Future[list[Reward | None]] | None
-    runtime: Runtime
-    shared: bool = False
+
+@dataclass(eq=False)
+class PendingRollouts:
+    """Rollouts on their way, and their grades.
+
+    The leader of a model's ranks waits for both and tells the others: they must agree, and judges cost.
+    """
+
+    sampler: Sampler
+    records: Sequence[Record]
+    prompts: Sequence[EncodedPrompt]
+    generation: PendingGeneration
+
+    def __post_init__(self) -> None:
+        self._oldest_version = self.sampler.weights_version
+        self._graded = self.sampler.in_background(self) if self.sampler.runtime.is_leader else None
 
     def result(self) -> RolloutBatch:
-        """The graded rollouts. A collective over all ranks."""
-        if not self.shared:
-            return self.sampled
-        return replace(self.sampled, rewards=self.runtime.share_from_leader(self._wait))
+        """The graded rollouts. A collective over all ranks.
 
-    def _wait(self) -> list[Reward | None]:
-        assert self.grades is not None, "the leader grades"
-        return self.grades.result()
+        Raises RolloutError for rollouts of other weights than the engine has had since they were begun.
+        """
+        while True:
+            graded = self.sampler.runtime.share_from_leader(self._wait)
+            lost = graded is None
+            if not self.sampler.runtime.max_over_all(int(lost)):
+                break
+            self.sampler.engine.restore_weights(self.sampler.weights_version)
+            if lost and self.sampler.runtime.is_leader:
+                self._graded = self.sampler.in_background(self)
+        assert graded is not None
+        versions = {rollout.weights_version for rollout in graded.rollouts}
+        allowed = range(self._oldest_version, self.sampler.weights_version + 1)
+        if not versions <= set(allowed):
+            raise RolloutError(
+                f"rollouts come from weights of version {', '.join(map(str, sorted(versions)))}, and the engine has had versions "
+                f"{allowed.start} to {allowed.stop - 1} since they were asked for",
+                where="rollout",
+                remedy="two runs may share a rollout server: give each its own",
+            )
+        return RolloutBatch(self.records, self.prompts, graded.rollouts, graded.texts, graded.rewards)
+
+    def _wait(self) -> _Graded | None:
+        """None when the weights are lost."""
+        assert self._graded is not None, "the leader collects"
+        try:
+            return self._graded.result()
+        except WeightsLostError:
+            return None
+
+    def collect_and_grade(self) -> _Graded:
+        rollouts = self.generation.collect()
+        texts = [self.sampler.encoder.decode(rollout.tokens) for rollout in rollouts]
+        rewards: list[Reward | None] = [None] * len(texts)
+        if self.sampler.grader is not None:
+            rewards = self.sampler.grader.grade(texts, [self.records[rollout.prompt_index] for rollout in rollouts])
+        return _Graded(rollouts, texts, rewards)

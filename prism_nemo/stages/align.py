@@ -11,6 +11,7 @@ and with one optimizer step per batch the old log-probabilities are the new ones
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class AlignTrainer:
         self.models = {"policy": self.policy, "discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        engine = build_engine(config.rollout, self.policy, config.data)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.policy_update = PolicyUpdate(self.policy, config)
         verified = config.algorithm.reward is not AlignReward.discriminator
@@ -95,8 +96,9 @@ class AlignTrainer:
             prompts = [(record, encoded.prompt) for record, encoded in batch]
 
             with self.loop.timed("rollout"):
-                self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
+                self.sampler.update_weights(self.policy.hf_tensors(), version=step)
                 rollouts = self.sampler.sample(prompts, self.config.rollout, step=step)
+                self.sampler.sleep()
             with self.loop.timed("discriminator"):
                 scores, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
             with self.loop.timed("policy"):
@@ -231,6 +233,7 @@ class AlignTrainer:
     def run_validation(self) -> dict[str, float]:
         """The content probe, and the policy's accuracy on held-out prompts where the answers are known."""
         metrics = {f"discriminator/{name}": value for name, value in self.probe.run().items()}
+        self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
         return {**metrics, **self.held_out.accuracy(self.config.rollout)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,4 +251,6 @@ def run(config: AlignConfig) -> None:
         session(config.parallel, config.runtime) as runtime,
         StageLoop("align", config, runtime) as loop,
     ):
-        AlignTrainer(config, runtime, loop, grader).fit()
+        trainer = AlignTrainer(config, runtime, loop, grader)
+        with closing(trainer.sampler):
+            trainer.fit()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,17 +203,17 @@ class _Curation:
     def _try(self, todo: Sequence[int], done: set[int]) -> None:
         """Samples the policy's tries at the records that are in no part yet, as many at a time as are decoded together."""
         config, runtime = self.config, self.runtime
-        sampler = build_sampler(config, runtime, self.grader)
         tally = self._tally("tried", len(todo))
         left = [number for number in todo if number not in done]
         mine = left[runtime.data_parallel_rank :: runtime.data_parallel_size]
         at_once = prompts_at_once(config.rollout)
-        for step in self.experiment.progress_steps(0, runtime.max_over_data_parallel(-(-len(mine) // at_once)), "try"):
-            rows = self._tried(sampler, mine[step * at_once : (step + 1) * at_once])
-            self.parts["tried"].append(rows)
-            bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
-            settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=self.experiment)
-            self._stop_if_told()
+        with closing(build_sampler(config, runtime, self.grader)) as sampler:
+            for step in self.experiment.progress_steps(0, runtime.max_over_data_parallel(-(-len(mine) // at_once)), "try"):
+                rows = self._tried(sampler, mine[step * at_once : (step + 1) * at_once])
+                self.parts["tried"].append(rows)
+                bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
+                settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=self.experiment)
+                self._stop_if_told()
         runtime.barrier()
 
     def _tried(self, sampler: Sampler, numbers: Sequence[int]) -> list[dict[str, Any]]:

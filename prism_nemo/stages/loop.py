@@ -77,6 +77,7 @@ class StageLoop:
         self.stage = stage
         self.experiment = open_experiment(stage, config, runtime)
         self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
+        self.done = 0  # steps
         self._bad_steps = 0
         self._bad_listed = 0
         self._saved_step = 0
@@ -107,6 +108,7 @@ class StageLoop:
             self._times = {}
             yield step
             assert self._ended, "the loop's body must call end_step"
+            self.done = step + 1
             self._metrics["time/step_seconds"] = time.perf_counter() - began
             self.experiment.log_metrics(step + 1, self._metrics | self._times)
             self.experiment.log_samples(step + 1, self._samples)
@@ -120,6 +122,7 @@ class StageLoop:
             self.experiment.rewind(0)
             return 0
         start: int = state["step"]
+        self.done = start
         self._saved_step = start
         self._bad_steps = state["bad_steps"]
         trainer.load_state_dict(state["trainer"])

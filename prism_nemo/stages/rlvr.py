@@ -9,6 +9,7 @@ there are enough groups that teach something; normalise within the group; update
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class RLVRTrainer:
         self.models = {"policy": self.policy}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        engine = build_engine(config.rollout, self.policy.chunks, device=runtime.device)
+        engine = build_engine(config.rollout, self.policy, config.data)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.groups = GroupSampler(self.sampler, config)
         self.policy_update = PolicyUpdate(self.policy, config)
@@ -65,8 +66,9 @@ class RLVRTrainer:
         self.policy.prepare_for_training()
         for step in self.loop.steps(self):
             with self.loop.timed("rollout"):
-                self.sampler.engine.update_weights(self.policy.hf_tensors(), version=step)
+                self.sampler.update_weights(self.policy.hf_tensors(), version=step)
                 sampled = self.sample(step)
+                self.sampler.sleep()
             rollouts = sampled.rollouts
             scores = self.scores(rollouts)
             advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
@@ -115,8 +117,9 @@ class RLVRTrainer:
         return {name: value for name, value in self.grader.metrics().items() if name != "rewards/cache_hits"}
 
     def run_validation(self) -> dict[str, float]:
-        """Accuracy on held-out prompts; nothing without a validation file."""
+        """Accuracy on held-out prompts, by the weights of now; nothing without a validation file."""
         try:
+            self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
             return self.held_out.accuracy(self.config.rollout)
         finally:
             self.grader.metrics()  # these answers are not the next step's
@@ -136,4 +139,6 @@ def run(config: RLVRConfig) -> None:
         session(config.parallel, config.runtime) as runtime,
         StageLoop("rlvr", config, runtime) as loop,
     ):
-        RLVRTrainer(config, runtime, loop, grader).fit()
+        trainer = RLVRTrainer(config, runtime, loop, grader)
+        with closing(trainer.sampler):
+            trainer.fit()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +44,15 @@ def open_sampling_run(stage: str, config: EvalConfig | PairsConfig, *, grader: G
     ):
         experiment.rewind(0)
         directory = resolve_model_directory(Path(config.model.path), PolicyModel.name)
-        yield SamplingRun(runtime, experiment, build_sampler(config, runtime, grader), directory, signals)
+        with closing(build_sampler(config, runtime, grader)) as sampler:
+            yield SamplingRun(runtime, experiment, sampler, directory, signals)
 
 
 def build_sampler(config: EvalConfig | PairsConfig | CurateConfig, runtime: Runtime, grader: Grader | None) -> Sampler:
     """The policy of `model.path`, loaded, with its encoder and its engine. A collective."""
     policy = PolicyModel(config.model, config.parallel, runtime)
     encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
-    engine = build_engine(config.rollout, policy.chunks, device=runtime.device)
-    return Sampler(engine, encoder, grader, runtime, config.runtime.seed)
+    engine = build_engine(config.rollout, policy, config.data)
+    sampler = Sampler(engine, encoder, grader, runtime, config.runtime.seed)
+    sampler.update_weights(policy.hf_tensors(), version=0)
+    return sampler

