@@ -23,10 +23,20 @@ MAX_ANSWER_CHARACTERS = 1000
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _BOOLEAN = re.compile(
-    r"(yes|no|true|false)(?:$|(?=\s*[,.;:!]|\s+-\s|\s+(?:it|they|there|the|this|that|these|he|she|we|you|i|all)\b))(.*)",
+    r"(yes|no|true|false)(?:$|(?=\s*[,.;:!]|\s+-\s|\s+(?:it|they|there|the|this|that|these|he|she|we|you|i|all|because|since)\b))(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_SECOND_THOUGHT = re.compile(r"[\s,.;:!-]*(?:(?:or|and|but|not|/)\b|yes\b|no\b(?=\W*$)|true\b|false\b)", re.IGNORECASE)
+_SECOND_THOUGHT = re.compile(
+    r"[\s,.;:!-]*(?:(?:or|and|but|not|/)\b|yes\b|no\b(?=\W*$)|true\b|false\b)"
+    r"|.*[,.;:!?…-]\s*(?:actually|wait|sorry|correction|hmm|rather)\b|[\s,.;:#]*\d[\d.,]*$",  # "No. 5"
+    re.IGNORECASE | re.DOTALL,
+)
+_CONTRARY = {
+    "yes": re.compile(r"\bno\b\s*[,.;!?]|\b(?:no|not)\b\W*$", re.IGNORECASE),  # "there is no gap" is none
+    "no": re.compile(r"\byes\b", re.IGNORECASE),
+    "true": re.compile(r"(?<!not )\b(?:false|untrue)\b|\bnot true\b", re.IGNORECASE),
+    "false": re.compile(r"(?<!not )(?<!n't )(?<!always )(?<!never )\btrue\b|\bnot false\b", re.IGNORECASE),
+}
 
 
 def answers_match(
@@ -135,6 +145,6 @@ class _Matcher:
 def _boolean(text: str) -> bool | None:
     """What an answer that begins with yes or no, true or false, says; None for others, and for those that say both."""
     found = _BOOLEAN.fullmatch(text)
-    if found is None or _SECOND_THOUGHT.match(found[2]):
+    if found is None or _SECOND_THOUGHT.match(found[2]) or _CONTRARY[found[1].casefold()].search(found[2]):
         return None
     return found[1].casefold() in ("yes", "true")

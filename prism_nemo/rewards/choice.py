@@ -18,7 +18,7 @@ _JOINED = re.compile(r"[A-J]{2,6}")
 _LABEL = re.compile(r"(?<![^\s,;(])\(?([A-J])[.:)](?=\s|$)")
 _ANOTHER = re.compile(  # a second letter, behind the first one
     r"^[/&|,]|^(?:or|and)\b|^\(?[A-Ja-j]\)?$"
-    r"|(?:^|[,;.!?]\s*|\b(?i:or|not|nor|but|actually|wait|no|maybe|perhaps|possibly|mean|think|guess|rather|instead|is|it's)\s+)"
+    r"|(?:^|[,;.!?]\s*|\b(?i:or|not|nor|but|actually|wait|no|maybe|perhaps|possibly|mean|think|guess|rather|instead|so|is|it's)\s+)"
     r"(?i:(?:option|choice|answer)\s+)?\(?[A-J](?![\w'])"
     r"|\b[A-J]\s+is\s+(?i:the\b|right|correct|better|best)"
 )

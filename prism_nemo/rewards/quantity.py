@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from prism_nemo.rewards.text import listed
 from prism_nemo.rewards.units import Unit, conversion, parse_unit
 
 LEAST_DIGITS = 4
@@ -44,8 +45,10 @@ _NUMBER_WORDS = re.compile(
     rf"(?:(?:(?P<tens>{_TENS.replace(' ', '|')})[- ])?(?P<word>{'|'.join(_WORDS)})\b|(?=[\d.\\]))",
     re.IGNORECASE,
 )
-_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth"
-_PARTS = {"half": 2, "halve": 2, "quarter": 4, "hundredth": 100} | {word: 3 + index for index, word in enumerate(_ORDINALS.split())}
+_PARTS = {
+    word: 3 + index for index, word in enumerate(["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"])
+}
+_PARTS |= {"half": 2, "halve": 2, "quarter": 4, "hundredth": 100}
 _PART = re.compile(rf"(-?\d+)[- ]({'|'.join(_PARTS)})s?", re.IGNORECASE)
 _PERCENT = re.compile(r"(?i:%|per ?cent(?:age points?)?)(?P<noun>\s.*)?")
 
@@ -183,13 +186,14 @@ def _repeating_fraction(found: re.Match[str]) -> str:
 
 
 def _digits(text: str) -> str:
-    """A number word at the beginning in digits, and `2 thirds` as a fraction."""
+    """Number words at the beginning in digits, `two thirds` as a fraction."""
     text = _first_digits(text)
     part = _PART.fullmatch(text)
     return f"{part[1]}/{_PARTS[part[2].casefold()]}" if part else text
 
 
 def _first_digits(text: str) -> str:
+    """A number word at the beginning in digits."""
     found = _NUMBER_WORDS.match(text)
     if found is None or not found[0]:
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from prism_nemo.rewards.names import is_asked_for
+from prism_nemo.rewards.quantity import parse_quantity
 from prism_nemo.rewards.text import DENIES, closing, normalize
 
 _MAX_READINGS = 8
@@ -40,9 +41,14 @@ _IS_THE_ANSWER = re.compile(
     r"|\s+is\s+(?:correct|right)",
     re.IGNORECASE,
 )
+_NOT_ANOTHER = re.compile(r"(?P<head>.*\S),\s*(?:and\s+|but\s+)?not\s+(?P<other>\S.*)")
 _SENTENCE_END = re.compile(r"[.;!?]\s+\S")
 _REMARK = re.compile(r"(?P<head>[^()]*[^()\s])\s*\((?P<remark>[^()]*)\)")
-_FILLER = re.compile(r"(?:approx(?:imately|\.)?|rounded.*|about|exactly|to \d.*|nearest.*|units?|simplified)", re.IGNORECASE)
+_FILLER = re.compile(
+    r"approx(?:imately|\.)?|about|exactly|units?|simplified"
+    r"|(?:rounded\s*(?:up|down|off)?)?\s*(?:to\s+)?(?:\w+\s+(?:decimals?|significant|d\.?p|s\.?f)\b.*|(?:the\s+)?nearest\s.*)?",
+    re.IGNORECASE,
+)
 
 
 def readings(text: str) -> list[str]:
@@ -94,6 +100,9 @@ def _without_one_thing(text: str) -> list[str]:
     about = _ABOUT.match(text)
     if about is not None:
         others.append(text[about.end() :])
+    denied = _NOT_ANOTHER.fullmatch(text)
+    if denied is not None and not DENIES.search(denied["head"]) and _is_another(denied["head"], denied["other"]):
+        others.append(denied["head"])
     behind = _IS_THE_ANSWER.search(text)
     if behind is not None and behind.end() == len(text) and not DENIES.search(text):
         others.append(text[: behind.start()])
@@ -103,6 +112,11 @@ def _without_one_thing(text: str) -> list[str]:
         if _WORD.match(subject) or (is_asked_for(subject) and not _LETTER.fullmatch(said)):  # not "A is B"
             others.append(said)
     return others
+
+
+def _is_another(head: str, other: str) -> bool:
+    """Whether `12, not 13` denies something of the kind of what it says, and not its own words."""
+    return other not in head and (_LETTER.fullmatch(other) is not None or parse_quantity(other) is not None)
 
 
 def _shielded(before: str, boxed: str, behind: str) -> str:

@@ -29,6 +29,7 @@ _NUMBERED = re.compile(
 _RELATION = re.compile(r"\s*([<>≤≥])\s*")
 _UNION = re.compile(r"\s*∪\s*|\s+U\s+")
 _BUILDER = re.compile(r"\{\s*[A-Za-z]\s*(?:∈\s*ℝ?\s*)?[|:]\s*(.+)\}|[A-Za-z]\s*∈\s*(.+)")
+_COORDINATE = re.compile(r"[a-z]|[A-Z]")
 _VARIABLE = re.compile(r"[^\W\d]\w?(?:_\w)?")
 
 
@@ -78,6 +79,7 @@ def same_structure(given: Structure, truth: Structure, same: Same, *, unordered:
             )
         if set(given.names) != set(truth.names):
             return False
+    given, truth = _by_name(given, truth), _by_name(truth, given)
     if unordered or Order.ANY in (given.order, truth.order):
         tuples = Order.ORDERED in (given.order, truth.order)
         return (unordered or not tuples) and _same_in_any_order(given.elements, truth.elements, same)
@@ -127,6 +129,14 @@ def without_parentheses(text: str) -> str:
 def alternatives(text: str) -> list[str]:
     """What `A or B` offers; the text alone when it offers nothing."""
     return [part.removeprefix("either ") for part in split(text, _OR) if part]
+
+
+def _by_name(one: Structure, other: Structure) -> Structure:
+    """Coordinates by their letters where the other side names none: `y = 6, x = 5` is (5, 6)."""
+    if other.names or not one.names or not all(_COORDINATE.fullmatch(name) for name in one.names):
+        return one
+    pairs = sorted(zip(one.names, one.elements, strict=True))
+    return Structure(tuple(element for _, element in pairs), one.order, names=tuple(name for name, _ in pairs))
 
 
 def _same_in_any_order(given: Sequence[T], truth: Sequence[T], same: Callable[[T, T], bool]) -> bool:

@@ -38,6 +38,7 @@ _SYMBOLS = {
 _COMMAND = re.compile(r"\\(" + "|".join(sorted(_SYMBOLS, key=len, reverse=True)) + r")(?![A-Za-z]) ?")
 _FRACTION_CHARACTER = re.compile(r"(?<=\d)?\s*([\u00bc-\u00be\u2150-\u215e])")
 _CURRENCY = "\x01"  # a dollar that is money, while those that delimit LaTeX go
+_MONTH = "((?i:january|february|march|april|may|june|july|august|september|october|november|december))"
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -55,9 +56,13 @@ _REWRITES = tuple(
         (r"(?<![\w)*])\*\*(?=\S)([^*]+)\*\*(?![\w(*])", r"\1"),
         (r"(?:√|\\?\bsqrt|\\sqrt)\s*(\d+(?:\.\d+)?|[A-Za-zπ])(?![A-Za-z])", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"),
+        (r"(?i)(?:\b(negative|minus)\s+)?(?<![A-Za-z\\])infinity(?![A-Za-z])", lambda found: "-∞" if found[1] else "∞"),
         (r"<=", "≤"),
         (r">=", "≥"),
         (r"\.{3,}", "…"),
+        (rf"\b(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH}\b", r"\2 \1"),  # dates
+        (rf"\b{_MONTH}\s+(?:the\s+)?(\d{{1,2}})(?:st|nd|rd|th)?\b,?(?=\s+\d{{4}}\b)", r"\1 \2"),
+        (rf"\b{_MONTH}\s+(?:the\s+)?(\d{{1,2}})(?:st|nd|rd|th)?\b", r"\1 \2"),
     )
 )
 _ROOT_OF = re.compile(r"(?:√|\\?\bsqrt|\\sqrt)\s*\(")
@@ -132,11 +137,19 @@ _ORDINAL_SUFFIX = re.compile(r"(\d+)(?:st|nd|rd|th)")
 _TOKEN = re.compile(r"\d+(?:st|nd|rd|th)\b|\d+(?:[.,:/]\d+)*|\w+|[^\w\s]")
 _ABBREVIATION = re.compile(r"\b(?:[a-z]\.){2,}")
 _IGNORED_TOKENS = listed("the a an , . ; : ! ? ' \" ( ) -")
+_SAYING = (  # what looks like an article or punctuation and is none, under another name
+    (re.compile(r"(?<=\S )A(?![\w'])|\b[Aa]$"), "_a"),  # Vitamin A
+    (re.compile(r"(?<=[^\W_])-(?![\w-])"), "\u2212"),  # Type O-
+    (re.compile(r"(?<=[A-Z])'(?![a-z])"), "\u2032"),  # the image A' of A
+)
 
 
 def words_of(text: str) -> list[str]:
     """Words, numbers and symbols of a text answer: without case, accents, articles and punctuation; ordinals as `1st`."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    for pattern, name in _SAYING:
+        plain = pattern.sub(name, plain)
+    plain = plain.casefold()
     plain = _ABBREVIATION.sub(lambda found: found[0].replace(".", ""), plain.replace("&", " and ") + ".")
     tokens = [token for token in _TOKEN.findall(plain) if token not in _IGNORED_TOKENS]
     return [f"#{_ORDINALS[t]}" if t in _ORDINALS else _ORDINAL_SUFFIX.sub(r"#\1", t) for t in tokens] or plain.split()

@@ -126,18 +126,20 @@ _REWRITES = tuple(
 _FACTOR = re.compile(r"([^\W\d_]+|°[CF]?|[$€£¥₹¢℃℉″′\"'])(?:\^?\{?(-?\d)\}?)?")
 _UNITLESS = frozenset(("unit", "square unit", "sq unit", "sq. unit", "cubic unit", "unit^2", "unit^3"))
 _NOUN = re.compile(r"[^\W\d_]{2,}(?:[ -][^\W\d_]{2,}){0,3}")
-_NO_NOUNS = frozenset(  # in the singular: words that say another number, another magnitude, a date, or that this one is not meant
-    listed(
-        "or and to plus minus times than more less fewer if not but is are at least most between through per of by over under below"
-        " above beyond pi ln log sin cos tan mod sqrt am pm im maybe perhaps nope wait actually or wrong incorrect false unlike unless"
-        " except without zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-        " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion"
-        " bn mn mln tn lakh crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth"
-        " hundredth thousandth millionth billionth squared cubed square cube root factorial power negative positive percent ish too"
-        " guess odd some something january february march april may june july august september october november december"
-    )
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+    " nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion bn mn mln tn lakh"
+    " crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth"
+    " millionth billionth squared cubed square cube root factorial power negative positive percent"
 )
-_ADVERB = re.compile(r"(?!(?:family|only|early|daily|weekly|monthly|yearly|fly|lily|jelly|belly|bully|ally|assembly|anomaly|supply)$)\w+ly")
+_OTHER_WORDS = (
+    "or and to plus minus than more less fewer if not but is are at least most between through per of by over under below above"
+    " beyond pi ln log sin cos tan mod sqrt am pm maybe perhaps nope wait actually wrong incorrect false unlike unless except"
+    " without ish too guess odd some something"
+)
+_MONTHS = "january february march april may june july august september october november december"
+_NO_NOUNS = frozenset(listed(f"{_NUMBER_WORDS} {_OTHER_WORDS} {_MONTHS}"))
+_ADVERB = re.compile(r"(?!(?:family|daily|weekly|monthly|yearly|fly|lily|jelly|bully|ally|assembly|anomaly)$)\w+ly")
 
 
 def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
@@ -150,10 +152,11 @@ def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
         return Unit(known.dimensions, known.factor, doubtful=attached and len(text) == 1 and text.isascii() and text.isalpha())
     if attached and text.isascii():  # "7th", "7x"
         return None
-    words = [singular(_folded(word)) for word in text.replace("-", " ").split()]
-    if not _NOUN.fullmatch(text) or not _NO_NOUNS.isdisjoint(words) or any(map(_ADVERB.fullmatch, words)):
+    words = [_folded(word) for word in text.replace("-", " ").split()]
+    nouns = [singular(word) for word in words]
+    if not _NOUN.fullmatch(text) or not _NO_NOUNS.isdisjoint(words + nouns) or any(map(_ADVERB.fullmatch, words)):
         return None
-    return Unit(noun=" ".join(words))
+    return Unit(noun=" ".join(nouns))
 
 
 def known_unit(text: str) -> Unit | None:
