@@ -45,9 +45,7 @@ _NUMBER_WORDS = re.compile(
     rf"(?:(?:(?P<tens>{_TENS.replace(' ', '|')})[- ])?(?P<word>{'|'.join(_WORDS)})\b|(?=[\d.\\]))",
     re.IGNORECASE,
 )
-_PARTS = {
-    word: 3 + index for index, word in enumerate(["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"])
-}
+_PARTS = {word: 3 + index for index, word in enumerate(listed("third fourth fifth sixth seventh eighth ninth tenth"))}
 _PARTS |= {"half": 2, "halve": 2, "quarter": 4, "hundredth": 100}
 _PART = re.compile(rf"(-?\d+)[- ]({'|'.join(_PARTS)})s?", re.IGNORECASE)
 _PERCENT = re.compile(r"(?i:%|per ?cent(?:age points?)?)(?P<noun>\s.*)?")
