@@ -31,9 +31,10 @@ _SECOND_THOUGHT = re.compile(
     r"|.*[,.;:!?…-]\s*(?:actually|wait|sorry|correction|hmm|rather)\b|[\s,.;:#]*\d[\d.,]*$",  # "No. 5"
     re.IGNORECASE | re.DOTALL,
 )
+_DENIED = r"|^\W*(?:it|they|there|this|that)\s*(?:(?:is|are|does|do)(?:n't|\s+not)|can't|cannot)\b"
 _CONTRARY = {
-    "yes": re.compile(r"\bno\b\s*[,.;!?]|\b(?:no|not)\b\W*$", re.IGNORECASE),  # "there is no gap" is none
-    "no": re.compile(r"\byes\b", re.IGNORECASE),
+    "yes": re.compile(r"\bno\b\s*[,.;!?]|\b(?:no|not|never)\b\W*$" + _DENIED, re.IGNORECASE),  # "there is no gap" is none
+    "no": re.compile(r"\byes\b|^\W*(?:it|they|there|this|that)\s+(?:is|are|does|do|can)\W*$", re.IGNORECASE),
     "true": re.compile(r"(?<!not )\b(?:false|untrue)\b|\bnot true\b", re.IGNORECASE),
     "false": re.compile(r"(?<!not )(?<!n't )(?<!always )(?<!never )\btrue\b|\bnot false\b", re.IGNORECASE),
 }

@@ -23,9 +23,10 @@ _ANOTHER = re.compile(  # a second letter, behind the first one
     r"|\b[A-J]\s+is\s+(?i:the\b|right|correct|better|best)"
 )
 _TAKEN_BACK = re.compile(
-    r"(?:(?:is|was)\s+)?(?:wrong|incorrect|not\s+(?:the|correct|right|sure|it)\b)|(?:isn't|wasn't)\b", re.IGNORECASE
+    r"(?:(?:is|was)\s+)?(?:wrong|incorrect|not(?:\s+(?:the|correct|right|sure|it)\b|$))|(?:isn't|wasn't)\b", re.IGNORECASE
 )
 _PART = re.compile(r"(?<!\w)\([a-j]\)\s")  # "(a) 5 (b) 6"
+_NOT_THIS = re.compile(r"\b(?:or|not|but|except|than|never|neither|wrong|incorrect)\b", re.IGNORECASE)
 _OF_OPTIONS = re.compile(r"(?:both|neither|either|only|all|none)\b[^.;?!]*", re.IGNORECASE)  # "Neither A nor B"
 
 
@@ -60,7 +61,7 @@ def parse_choice(text: str, *, any_text: bool = False) -> Choice | None:
     if _JOINED.fullmatch(text) and len(set(text)) == len(text):
         return Choice(frozenset(text))
     behind_text = _BEHIND.fullmatch(text)
-    if behind_text is not None and not re.search(r"\bor\b|\bnot\b", behind_text["text"]):
+    if behind_text is not None and not _NOT_THIS.search(behind_text["text"]):
         return Choice(frozenset(behind_text["letter"]), behind_text["text"])
     return None
 

@@ -38,7 +38,7 @@ _EQUALS = re.compile(r"\s*(?<![<>=!])[=≈](?!=)\s*")
 _TRAILING_UNIT = re.compile(r"(?P<body>.*[\dπ)}\]])(?P<unit>(?:\s+[^\d\s].*|[°Ω].*|(?<=[})])[A-Za-z]{2}.*))")
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _TWO_LETTER_WORDS = listed("no on am is it in of or at to do go we he me my by up us so as an if be")
-_SUBSCRIPT = re.compile(r"_\{?(\w+)\}?")
+_SUBSCRIPT = re.compile(r"(?<=[^\W\d_])_\{?(\w+)\}?")
 _INFINITE = re.compile(r"\+\s*∞")
 
 
@@ -122,18 +122,22 @@ class Content:
 
     def _same_chain(self, parts: list[str], truth: str, depth: int) -> bool:
         """One is the answer and all say the same: `x = 2 + 3 = 5`, `1/3 ≈ 0.33`. Behind a name, formulas may lead to it."""
-        named = is_asked_for(parts[0])
+        named = is_asked_for(parts[0]) and not any(parts[0] in _variables(part) for part in parts[1:])  # not x = 2x + 1
         values = parts[1:] if named else parts
         if not any(self.same(value, truth, depth + 1) for value in values):
             return False
-        return all((named and _is_formula(value)) or self._agrees(value, truth, depth) for value in values)
+        formulas = named and not _is_formula(truth)
+        return all((formulas and _is_formula(value)) or self._agrees(value, truth, depth) for value in values)
 
     def _agrees(self, value: str, truth: str, depth: int) -> bool:
         """Whether it is the truth, its rounding, or work that comes to it."""
         if self.same(value, truth, depth + 1) or self.same(truth, value, depth + 1):
             return True
-        angle = "°" in value + truth  # algebra knows degrees
-        work, result = (value, truth) if angle else (_split_unit(value)[0], _split_unit(truth)[0])
+        (work, unit), (result, true_unit) = _split_unit(value), _split_unit(truth)
+        if "°" in value + truth:  # algebra knows degrees
+            work, result = value, truth
+        elif conversion(unit, true_unit) != 1:
+            return False
         short = max(len(work), len(result)) <= _MAX_EXPRESSION
         return short and _is_mathematical(work) and _is_mathematical(result) and self._same_expression(work, result)
 

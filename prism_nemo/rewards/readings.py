@@ -29,6 +29,11 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _VERB = re.compile(r"\s+(?:is|are|was|were|equals|will be|is equal to)\s+(?:equal to\s+)?", re.IGNORECASE)
+_NOT_THE_ANSWER = re.compile(  # what was made of it
+    r"\b(?:of|twice|half|double|triple|than)\s+(?:the|my|our)\s+(?:\w+\s+)?(?:answer|result|solution)\b"
+    r"|\b(?:answer|result|solution)\s+(?:squared|cubed|doubled|halved|plus|minus|times|divided)\b",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[A-Za-z]{2,}\s")
 _BOX = r"\boxed{"
 _LEADS_TO_A_BOX = re.compile(
@@ -109,7 +114,8 @@ def _without_one_thing(text: str) -> list[str]:
     verbs = list(_VERB.finditer(text))
     if len(verbs) == 1 and not DENIES.search(text) and not _SENTENCE_END.search(text):
         subject, said = text[: verbs[0].start()], text[verbs[0].end() :]
-        if _WORD.match(subject) or (is_asked_for(subject) and not _LETTER.fullmatch(said)):  # not "A is B"
+        names = _WORD.match(subject) or (is_asked_for(subject) and not _LETTER.fullmatch(said))  # not "A is B"
+        if names and not _NOT_THE_ANSWER.search(subject):
             others.append(said)
     return others
 

@@ -29,6 +29,7 @@ _NUMBERED = re.compile(
 _RELATION = re.compile(r"\s*([<>≤≥])\s*")
 _UNION = re.compile(r"\s*∪\s*|\s+U\s+")
 _BUILDER = re.compile(r"\{\s*[A-Za-z]\s*(?:∈\s*ℝ?\s*)?[|:]\s*(.+)\}|[A-Za-z]\s*∈\s*(.+)")
+_BEFORE_BRACKETS = re.compile(r"(?:\\?vec\{\w+\}|\((?P<names>[a-z](?:,\s*[a-z])+)\))\s*=\s*(?=[(<])|(?:[A-Z]'?\s*)?(?=\()")
 _COORDINATE = re.compile(r"[a-z]|[A-Z]")
 _VARIABLE = re.compile(r"[^\W\d]\w?(?:_\w)?")
 
@@ -79,11 +80,18 @@ def same_structure(given: Structure, truth: Structure, same: Same, *, unordered:
             )
         if set(given.names) != set(truth.names):
             return False
+    if len(set(truth.names)) > 1 and not given.names and (given.order is Order.ANY or given.brackets not in ("", "()")):
+        return False
     given, truth = _by_name(given, truth), _by_name(truth, given)
     if unordered or Order.ANY in (given.order, truth.order):
         tuples = Order.ORDERED in (given.order, truth.order)
         return (unordered or not tuples) and _same_in_any_order(given.elements, truth.elements, same)
-    if truth.order is Order.ORDERED and not truth.names and not given.names and given.brackets != truth.brackets:
+    if (
+        truth.order is Order.ORDERED
+        and not truth.names
+        and (given.brackets or not given.names)
+        and given.brackets != truth.brackets
+    ):
         return False
     return all(same(one, other) for one, other in zip(given.elements, truth.elements, strict=True))
 
@@ -136,7 +144,7 @@ def _by_name(one: Structure, other: Structure) -> Structure:
     if other.names or not one.names or not all(_COORDINATE.fullmatch(name) for name in one.names):
         return one
     pairs = sorted(zip(one.names, one.elements, strict=True))
-    return Structure(tuple(element for _, element in pairs), one.order, names=tuple(name for name, _ in pairs))
+    return Structure(tuple(element for _, element in pairs), one.order, one.brackets, names=tuple(name for name, _ in pairs))
 
 
 def _same_in_any_order(given: Sequence[T], truth: Sequence[T], same: Callable[[T, T], bool]) -> bool:
@@ -150,7 +158,7 @@ def _same_in_any_order(given: Sequence[T], truth: Sequence[T], same: Callable[[T
 
 
 def _bracketed(text: str) -> Structure | None:
-    start = re.match(r"(?:\\?vec\{\w+\}|\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=[(<])|(?:[A-Z]'?\s*)?(?=\()", text)
+    start = _BEFORE_BRACKETS.match(text)
     body = text[start.end() :] if start else text
     if len(body) > 2 and body[0] == "<" and body[-1] == ">":
         body = "(" + body[1:-1] + ")"
@@ -160,7 +168,9 @@ def _bracketed(text: str) -> Structure | None:
     brackets = body[0] + body[-1]
     if brackets == "{}":
         return Structure(tuple(parts), Order.ANY)
-    return Structure(tuple(parts), Order.ORDERED, brackets) if len(parts) > 1 else None
+    names = compact(start["names"]).split(",") if start and start["names"] else []
+    named = len(set(names)) == len(parts)
+    return Structure(tuple(parts), Order.ORDERED, brackets, tuple(names) if named else ()) if len(parts) > 1 else None
 
 
 def _numbered(text: str) -> Structure | None:
@@ -192,9 +202,10 @@ def _named(text: str) -> Structure | None:
         return None
     stems = {re.sub(r"_?\{?\d\}?$", "", name) for name in names}
     if len(set(names)) == len(names) and len(stems) > 1:
-        return Structure(values, Order.BARE, names=tuple(names))
+        both = len(split(text, _OR)) == 1
+        return Structure(values, Order.BARE, names=tuple(names if both else (f"or {name}" for name in names)))
     if len(stems) == 1:  # x = 1 or x = 2, x_1 = 1, x_2 = 2
-        return Structure(values, Order.ANY)
+        return Structure(values, Order.ANY, names=tuple(stems) * len(values))
     return None
 
 

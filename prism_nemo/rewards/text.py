@@ -44,6 +44,8 @@ _REWRITES = tuple(
     for pattern, replacement in (
         (r"\\[()\[\]!]|\\(?:left|right|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])", " "),
+        (r"~~[^~]*~~", " "),  # struck out
+        (r"(?<![^\s(])~(?=[A-Za-z(])", "¬"),
         (r"(?<=\S)~(?=[^\s\d])|\\?~", " "),
         (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),

@@ -131,13 +131,17 @@ _NUMBER_WORDS = (
     " nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion bn mn mln tn lakh"
     " crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth"
     " millionth billionth squared cubed square cube root factorial power negative positive percent"
+    " doubled tripled quadrupled halved reversed inverted backwards gross milli micro nano centi kilo mega giga th bc bce ago"
 )
 _OTHER_WORDS = (
     "or and to plus minus than more less fewer if not but is are at least most between through per of by over under below above"
     " beyond pi ln log sin cos tan mod sqrt am pm maybe perhaps nope wait actually wrong incorrect false unlike unless except"
     " without ish too guess odd some something"
 )
-_MONTHS = "january february march april may june july august september october november december"
+_MONTHS = (
+    "january february march april may june july august september october november december jan feb mar apr jun jul aug sep sept"
+    " oct nov dec"
+)
 _NO_NOUNS = frozenset(listed(f"{_NUMBER_WORDS} {_OTHER_WORDS} {_MONTHS}"))
 _ADVERB = re.compile(r"(?!(?:family|daily|weekly|monthly|yearly|fly|lily|jelly|bully|ally|assembly|anomaly)$)\w+ly")
 
@@ -154,7 +158,11 @@ def parse_unit(text: str, *, attached: bool = False) -> Unit | None:
         return None
     words = [_folded(word) for word in text.replace("-", " ").split()]
     nouns = [singular(word) for word in words]
-    if not _NOUN.fullmatch(text) or not _NO_NOUNS.isdisjoint(words + nouns) or any(map(_ADVERB.fullmatch, words)):
+    if (
+        not _NOUN.fullmatch(text)
+        or not _NO_NOUNS.isdisjoint(word.casefold() for word in words + nouns)
+        or any(map(_ADVERB.fullmatch, words))
+    ):
         return None
     return Unit(noun=" ".join(nouns))
 
