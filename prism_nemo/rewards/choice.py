@@ -20,7 +20,7 @@ _ANOTHER = re.compile(  # a second letter, behind the first one
     r"^[/&|,]|^(?:or|and)\b|^\(?[A-Ja-j]\)?$"
     r"|(?:^|[,;.!?]\s*|\b(?i:or|not|nor|but|actually|wait|no|maybe|perhaps|possibly|mean|think|guess|rather|instead|so|is|it's)\s+)"
     r"(?i:(?:option|choice|answer)\s+)?\(?[A-J](?![\w'])"
-    r"|\b[A-J]\s+is\s+(?i:the\b|right|correct|better|best)"
+    r"|\b[A-J]\s+is\s+(?:also\s+)?(?i:the\b|right|correct|better|best)"
 )
 _TAKEN_BACK = re.compile(
     r"(?:(?:is|was)\s+)?(?:wrong|incorrect|not(?:\s+(?:the|correct|right|sure|it)\b|$))|(?:isn't|wasn't)\b", re.IGNORECASE

@@ -167,7 +167,7 @@ def _bracketed(text: str) -> Structure | None:
     parts = split(body[1:-1], _COMMA_OR_SEMICOLON)
     brackets = body[0] + body[-1]
     if brackets == "{}":
-        return Structure(tuple(parts), Order.ANY)
+        return _named(body[1:-1]) or Structure(tuple(parts), Order.ANY)
     names = compact(start["names"]).split(",") if start and start["names"] else []
     named = len(set(names)) == len(parts)
     return Structure(tuple(parts), Order.ORDERED, brackets, tuple(names) if named else ()) if len(parts) > 1 else None

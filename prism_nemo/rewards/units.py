@@ -87,7 +87,7 @@ _PLAIN: tuple[tuple[str, str, dict[str, int]], ...] = (  # names, factor, dimens
     ("GB", "8000000000", {"bit": 1}),
     ("TB", "8000000000000", {"bit": 1}),
     ("Mhz MHZ", "1000000", {"s": -1}),
-    ("Nm", "1", _JOULE),
+    ("Nm", "1", {"Nm": 1}),  # a torque is no energy
     ("mph", "1397/3125", {"m": 1, "s": -1}),
     ("kph kmh kmph", "5/18", {"m": 1, "s": -1}),
     ("rpm", "1", {"rpm": 1}),
@@ -130,7 +130,7 @@ _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
     " nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion bn mn mln tn lakh"
     " crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth"
-    " millionth billionth squared cubed square cube root factorial power negative positive percent"
+    " millionth billionth squared cubed factorial power negative positive percent"
     " doubled tripled quadrupled halved reversed inverted backwards gross milli micro nano centi kilo mega giga th bc bce ago"
 )
 _OTHER_WORDS = (
