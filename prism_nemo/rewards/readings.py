@@ -19,7 +19,7 @@ _PREFIX = re.compile(
         \s*(?:(?:is|are|should\ be|must\ be|would\ be|equals?)\s*:?|:|=|\s-\s)\s*(?:(?:option|choice)\s+(?=\(?[A-J]\b))?
       | (?:i\ (?:would\ )?(?:choose|select|pick|think(?:\ it\ is)?)|we\ (?:get|have|obtain)|it\ (?:is|has|shows?|equals?)|it's
           |there\ (?:is|are|were|was|will\ be)|they\ are|that\ is|this\ is)\s+(?:option\s+|choice\s+)?
-      | (?:so|thus|therefore|hence),?\s+
+      | (?:so|thus|therefore|hence|finally|in\ conclusion),?\s+
       | [=≈]\s*
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -47,6 +47,7 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _NOT_ANOTHER = re.compile(r"(?P<head>.*\S),\s*(?:and\s+|but\s+)?not\s+(?P<other>\S.*)")
+_HOPE = re.compile(r"\.?\s+I hope (?:it|this|that) (?:is (?:correct|right)|helps)", re.IGNORECASE)  # a habit of language models
 _SENTENCE_END = re.compile(r"[.;!?]\s+\S")
 _REMARK = re.compile(r"(?P<head>[^()]*[^()\s])\s*\((?P<remark>[^()]*)\)")
 _FILLER = re.compile(
@@ -58,6 +59,7 @@ _FILLER = re.compile(
 
 def readings(text: str) -> list[str]:
     """An answer in normal form, and what is left of it when more and more of what is not the answer is taken off."""
+    text = _HOPE.sub("", text)
     found = [unboxed(text)]
     before, box, _ = text.partition(_BOX)
     if box and _LEADS_TO_A_BOX.fullmatch(before) and not DENIES.search(before):

@@ -18,7 +18,7 @@ MAX_ELEMENTS = 64
 
 _OR = re.compile(r",?\s*\bor\b\s*", re.IGNORECASE)
 _AND = re.compile(r",?\s*(?:\band\b|&)\s*", re.IGNORECASE)
-_SEPARATORS = re.compile(r"\s*;\s*|,?\s+and\s+|,\s*")
+_SEPARATORS = re.compile(r"\s*;\s*|,?\s+and\s+|,(?!(?<=\d,)\d{3}(?!\d))\s*")  # x = 1,000 is one
 _COMMA = re.compile(r",")
 _COMMA_OR_SEMICOLON = re.compile(r"[,;]")
 _COMMA_AND_SPACE = re.compile(r",?\s+and\s+|,\s+|\s*;\s*", re.IGNORECASE)
@@ -217,7 +217,9 @@ def _solutions(text: str) -> Structure | None:
 def _listed(text: str) -> Structure | None:
     parts = []
     for part in split(text, _COMMA_AND_SPACE):
-        parts.extend([part] if parse_quantity(part) else split(part, _COMMA))  # "x, 1,000" has two elements, "1, 2,3" has three
+        parts.extend(
+            [part] if parse_quantity(part.rpartition("=")[2].strip()) else split(part, _COMMA)
+        )  # "x, 1,000" has two elements, "1, 2,3" has three
     if len(parts) < 2:
         return None
     words = len(split(text, _AND)) > 1 and not any(parse_quantity(part) for part in parts)

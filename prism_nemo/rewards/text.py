@@ -81,6 +81,7 @@ DENIES = re.compile(
 def normalize(text: str) -> str:
     """The comparable form; empty when nothing is left of it."""
     text = " ".join(text.translate(_CHARACTERS).split())
+    text = re.sub(r"^#{1,6} ", "", text)  # a heading
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda run: "_" + "".join(_SUBSCRIPTS[c] for c in run[0]), text)
     text = _FRACTION_CHARACTER.sub(lambda one: " " + unicodedata.normalize("NFKC", one[1]).replace("\u2044", "/"), text)
