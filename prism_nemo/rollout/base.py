@@ -37,6 +37,7 @@ class SamplingParams:
     max_new_tokens: int
     end_token_id: int  # ends a response and is its last token
     banned_token_ids: tuple[int, ...]  # never sampled: image placeholders, which nothing downstream could place
+    time_limit_seconds: float | None = None  # for a call; then responses end as they are, each with one token at least
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_new_tokens > 0, self

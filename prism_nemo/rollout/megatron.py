@@ -6,6 +6,7 @@ forward pass, the finished ones dropped as they go.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ class MegatronEngine:
         # bf16 products are no faster than fp32 ones on a CPU at these shapes, and would be cast each time
         self._cache_dtype = torch.float32 if device.type == "cpu" else model.config.params_dtype
         self._weights_version = -1  # none was noted yet
+        self._deadline: float | None = None  # of the call, on time.monotonic()
         self._asleep = False
         idle = make_row([], pad_multiple=self._row_multiple, patch_size=model.shape.vision.patch_width)
         self._idle_row = idle.to(device)  # padding only, without images
@@ -120,6 +122,7 @@ class MegatronEngine:
         assert not self._asleep, "generate() while asleep"
         assert len(seeds) == len(prompts) * num_rollouts_per_prompt, "one seed per rollout"
         sampler = Sampler(sampling, self._device)
+        self._deadline = None if sampling.time_limit_seconds is None else time.monotonic() + sampling.time_limit_seconds
         all_seeds = np.asarray(seeds, dtype=np.uint64)
         prompts_at_once = max(1, self._max_batch_size // num_rollouts_per_prompt)
         rollouts: list[Rollout] = []
@@ -165,7 +168,7 @@ class MegatronEngine:
         in_batch = np.arange(size)  # the sequences in the forward pass, finished ones among them
         running = np.ones(size, bool)  # of those in the batch, which have not ended
         for step in range(limit):
-            tokens, log_probs = self._sample(hidden, sampler, torch.from_numpy(uniforms(seeds[in_batch], step)))
+            tokens, log_probs, time_is_up = self._sample(hidden, sampler, torch.from_numpy(uniforms(seeds[in_batch], step)))
             host_tokens = tokens.cpu()
             rows = torch.from_numpy(in_batch)
             result.tokens[rows, step], result.log_probs[rows, step] = host_tokens, log_probs.cpu()
@@ -173,7 +176,7 @@ class MegatronEngine:
             ended = running & (host_tokens.numpy() == end)
             result.stopped[in_batch[ended]] = True
             running &= ~ended
-            if step + 1 == limit or not running.any():
+            if step + 1 == limit or not running.any() or time_is_up:
                 break
             if running.sum() < _COMPACT_BELOW * len(running):
                 kept = torch.from_numpy(running.nonzero()[0]).to(self._device)
@@ -196,27 +199,30 @@ class MegatronEngine:
         layout = RowLayout((), len(tokens))  # the cache knows what belongs together
         return replace(self._idle_row, layout=layout, input_ids=tokens, position_ids=positions.expand(3, -1))
 
-    def _sample(self, hidden: Tensor | None, sampler: Sampler, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B] and log-probabilities float32 [B] after hidden states [B, hidden], the same on every rank.
+    def _sample(self, hidden: Tensor | None, sampler: Sampler, uniform: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Tokens int64 [B] and log-probabilities float32 [B] after hidden states [B, hidden], and whether time is up.
 
-        One rank draws for all that share the sequences, so that no rounding can ever tell them apart: on the last pipeline stage
-        (the others have no hidden states) the first tensor-parallel and context-parallel one.
+        One rank draws and looks at the clock for all that share the sequences, so that neither rounding nor waiting can ever tell
+        them apart: on the last pipeline stage (the others have no hidden states) the first tensor-parallel and context-parallel
+        one.
         """
-        drawn = torch.empty(2, uniform.numel(), dtype=torch.float64, device=self._device)  # exact for both
+        drawn = torch.empty(2, uniform.numel() + 1, dtype=torch.float64, device=self._device)  # exact for both
         if hidden is not None:
             self._draw(drawn, hidden, sampler, uniform.to(self._device))
         groups = self._model.pg_collection
         for group, source in ((groups.cp, 0), (groups.pp, groups.pp.size() - 1)):
             if group.size() > 1:
                 dist.broadcast(drawn, group=group, group_src=source)
-        return drawn[0].long(), drawn[1].float()
+        time_is_up = self._deadline is not None and bool(drawn[0, -1])
+        return drawn[0, :-1].long(), drawn[1, :-1].float(), time_is_up
 
     def _draw(self, drawn: Tensor, hidden: Tensor, sampler: Sampler, uniform: Tensor) -> None:
-        """Fills `drawn` with tokens and log-probabilities, on every tensor-parallel rank."""
+        """Fills `drawn` with tokens and log-probabilities, on every tensor-parallel rank; its last column says if time is up."""
+        drawn[:, -1] = float(self._deadline is not None and time.monotonic() >= self._deadline)
         weight = self._model.language_model.output_weight
         chunk = max(1, _MAX_LOGITS // (weight.shape[0] * self._tp.size()))
         for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
+            rows = slice(start, min(start + chunk, hidden.shape[0]))
             logits = self._gather_vocabulary((hidden[rows] @ weight.t()).float())
             if logits is not None:
                 drawn[0, rows], drawn[1, rows] = sampler(logits, uniform[rows])
@@ -258,7 +264,7 @@ class MegatronEngine:
                 prompt_index=int(prompt),
                 tokens=sampled.tokens[row, :length].clone(),
                 log_probs=sampled.log_probs[row, :length].clone(),
-                finish_reason="stop" if sampled.stopped[row] else "length",
+                finish_reason="stop" if sampled.stopped[row] else "length" if length == sampled.tokens.shape[1] else "timeout",
                 weights_version=self._weights_version,
             )
             for row, (prompt, length) in enumerate(zip(prompt_index, sampled.lengths.tolist(), strict=True))
