@@ -23,6 +23,7 @@ SameExpression = Callable[[str, str], bool]
 """(given, truth), in normal form and without units, to whether they are the same by algebra."""
 
 _MAX_DEPTH = 8  # of structures in structures
+_MAX_CHAIN = 12  # of equals signs
 _MAX_EXPRESSION = 300  # characters; longer ones are no answers
 _FUNCTIONS = listed(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt frac binom mod min max gcd lcm pi vec hat bar"
@@ -111,6 +112,8 @@ class Content:
         written, wanted = (_name_first(_EQUALS.split(text)) for text in (given, truth))
         if len(written) == len(wanted) == 1 or not all((*written, *wanted)):
             return None
+        if len(written) > _MAX_CHAIN:
+            return False
         if len(wanted) == 1:
             return self._same_chain(written, truth, depth)
         named = len(wanted) == 2 and is_name(wanted[0])

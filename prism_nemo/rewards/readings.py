@@ -83,7 +83,7 @@ def unboxed(text: str) -> str:
         start = text.find(_BOX)
         if start < 0:
             break
-        end = closing(text, start + len(_BOX) - 1)
+        end = closing(text, start + len(_BOX) - 1, opens="{", closes="}")  # "B) Paris" is in a box, too
         end = len(text) if end < 0 else end  # one that never closes reaches to the end
         before, boxed, behind = text[:start], text[start + len(_BOX) : end].strip(), text[end + 1 :]
         text = normalize(before + _shielded(before, boxed, behind) + behind)

@@ -45,7 +45,7 @@ _REWRITES = tuple(
         (r"\\[()\[\]!]|\\(?:left|right|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])", " "),
         (r"~~[^~]*~~", " "),  # struck out
-        (r"(?<![^\s(])~(?=[A-Za-z(])", "¬"),
+        (r"(?:(?<![^\s(])|(?<=boxed\{))~(?=[A-Za-z(])", "¬"),
         (r"(?<=\S)~(?=[^\s\d])|\\?~", " "),
         (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -98,11 +98,11 @@ def normalize(text: str) -> str:
         text = bare
 
 
-def closing(text: str, opening: int) -> int:
-    """The index of the bracket, of any kind, that closes the one at `opening`; -1 when none does."""
+def closing(text: str, opening: int, *, opens: str = "([{", closes: str = ")]}") -> int:
+    """The index of the bracket, of any of these kinds, that closes the one at `opening`; -1 when none does."""
     depth = 0
     for index in range(opening, len(text)):
-        depth += (text[index] in "([{") - (text[index] in ")]}")
+        depth += (text[index] in opens) - (text[index] in closes)
         if depth == 0:
             return index
     return -1
@@ -196,7 +196,7 @@ def _roots_in_braces(text: str) -> str:
 def _unwrapped(text: str) -> str:
     bare = text.rstrip(".,;: ").lstrip(":; ")
     box = r"\boxed{"
-    if bare.startswith(box) and closing(bare, len(box) - 1) == len(bare) - 1:
+    if bare.startswith(box) and closing(bare, len(box) - 1, opens="{", closes="}") == len(bare) - 1:
         bare = bare[len(box) : -1].strip()
     if len(bare) > 2 and bare[0] in _QUOTES and bare[-1] == _QUOTES[bare[0]] and bare.count(bare[0]) == 2:
         bare = bare[1:-1].strip()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
 from prism_nemo.errors import DataError
 from prism_nemo.rewards.answer import MAX_ANSWER_CHARACTERS, answers_match, check_truth
+from prism_nemo.rewards.names import is_asked_for
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "answers.jsonl"
 
 SAME = [
     # form
@@ -218,6 +223,14 @@ HOSTILE = [
     "$" * 1000,
     "-" * 1000,
     " ," * 500,
+    "x = " * 250,
+    "=\u2248" * 500,
+    r"\boxed{=" * 125,
+    r"\boxed{1}" * 110,
+    "the answer =" * 80,
+    "A. and " * 140,
+    "yes, wait, " * 90,
+    "~~" * 500,
     "\u0661\u0662",  # digits of another script
     "\x00\ud800",
 ]
@@ -229,3 +242,47 @@ def test_hostile_answers_are_compared_in_no_time(hostile: str) -> None:
     for truth in ("5", "B", "(1,2)", "x^2", "Paris"):
         assert not answers_match(hostile, truth)
     assert time.perf_counter() - start < 0.5  # milliseconds
+
+
+def test_an_answer_is_itself() -> None:
+    """Whatever a data set's answer looks like, a model that writes just that is right, boxed or not."""
+    truths = {json.loads(line)["truth"] for line in GOLDEN.read_text().splitlines()}
+    assert [truth for truth in truths if not answers_match(truth, truth)] == []
+    assert [truth for truth in truths if not answers_match(rf"\boxed{{{truth}}}", truth)] == []
+
+
+def test_what_has_a_value_that_questions_ask_for() -> None:
+    asked = [
+        "x",
+        "AB",
+        "\u2220A",
+        r"\overline{AB}",
+        "f(3)",
+        "f^{-1}(2)",
+        "P(A)",
+        r"\sin A",
+        "x + y",
+        "m+n",
+        r"\frac{a}{b}",
+        "Area of ABC",
+        "|AB|",
+    ]
+    unsolved = [
+        "3x",
+        "x^2",
+        "-x",
+        "1/x",
+        r"\sqrt{x}",
+        "ln x",
+        "x + x",
+        "x/2",
+        "|x|",
+        "2",
+        "not x",
+        "twice x",
+        "\u03c0",
+        "",
+        "x +",
+    ]
+    assert [text for text in asked if not is_asked_for(text)] == []
+    assert [text for text in unsolved if is_asked_for(text)] == []
