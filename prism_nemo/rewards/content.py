@@ -35,6 +35,7 @@ _UNFINISHED = re.compile(r"[\d\s.,()+×·*-]*\d\s*[)\]]*\s*[+×·*-]\s*[(\[]*\s*
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?::|\bto\b)\s*(\d+(?:\.\d+)?)")
 _TIME = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s*([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _RELATION = re.compile(r"[<>≤≥]")
+_FORMULA = re.compile(r"(?=.*\d)(?:[A-Z][a-z]?\d*){2,}")  # H2O, no product
 _EQUALS = re.compile(r"\s*(?<![<>=!])[=≈](?!=)\s*")
 _TRAILING_UNIT = re.compile(r"(?P<body>.*[\dπ)}\]])(?P<unit>(?:\s+[^\d\s].*|[°Ω].*|(?<=[})])[A-Za-z]{2}.*))")
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -148,6 +149,8 @@ class Content:
         """Whether it is worth asking. An answer that leaves sums and products of numbers to the reader is none."""
         if max(len(given), len(truth)) > _MAX_EXPRESSION or _UNFINISHED.fullmatch(truth):  # a range, a date
             return False
+        if _TIME.fullmatch(truth) or _FORMULA.fullmatch(_bare(truth)):
+            return False
         if parse_quantity(truth) is not None:
             return not _UNFINISHED.fullmatch(given) and not (_variables(given) - {"e", "i"})
         if parse_quantity(given) is not None:
@@ -164,7 +167,7 @@ def _same_ratio(given: str, truth: str) -> bool:
             return len(halves) < 2
         return False
     wanted, written = _RATIO.fullmatch(truth), _RATIO.fullmatch(given)
-    if wanted is None or written is None:
+    if wanted is None or written is None or wanted_time is not None:
         return False
     return float(wanted[1]) * float(written[2]) == float(wanted[2]) * float(written[1])
 

@@ -131,12 +131,12 @@ _NUMBER_WORDS = (
     " nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion bn mn mln tn lakh"
     " crore dozen half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth"
     " millionth billionth squared cubed factorial power negative positive percent"
-    " doubled tripled quadrupled halved reversed inverted backwards gross milli micro nano centi kilo mega giga th bc bce ago"
+    " grand doubled tripled quadrupled halved reversed inverted backwards gross milli micro nano centi kilo mega giga th bc bce"
 )
 _OTHER_WORDS = (
-    "or and to plus minus than more less fewer if not but is are at least most between through per of by over under below above"
+    "or and to plus minus no than more less fewer if not but is are at least most between through per of by over under"
     " beyond pi ln log sin cos tan mod sqrt am pm maybe perhaps nope wait actually wrong incorrect false unlike unless except"
-    " without ish too guess odd some something"
+    " without ish too guess odd some something below above ago"
 )
 _MONTHS = (
     "january february march april may june july august september october november december jan feb mar apr jun jul aug sep sept"
