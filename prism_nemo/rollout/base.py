@@ -130,8 +130,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def sleep(self) -> None:
-        """Gives back the memory that only generation needs. No `generate` until `wake_up`."""
+    def sleep(self) -> bool:
+        """Gives back the memory that only generation needs; whether the weights are kept. No `generate` until `wake_up`.
+
+        Weights that are not kept are updated before the next `generate`.
+        """
         ...
 
     def wake_up(self) -> None: ...
@@ -152,7 +155,9 @@ def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig) -
     if config.placement is RolloutPlacement.separate:
         raise ConfigError("rollout servers are not in this release", where="rollout.placement", remedy="use colocated")
     if config.engine is RolloutEngineKind.vllm:
-        raise ConfigError("vLLM rollouts are not in this release", where="rollout.engine", remedy="use rollout=megatron")
+        from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
+
+        return VLLMEngine(config, ServedModel.of(policy, data.max_prompt_length + data.max_response_length))
     from prism_nemo.rollout.megatron import MegatronEngine
 
     return MegatronEngine(policy.chunks, device=policy.runtime.device, max_batch_size=config.max_batch_size)

@@ -91,9 +91,10 @@ class MegatronEngine:
     def close(self) -> None:
         """There is nothing to end."""
 
-    def sleep(self) -> None:
+    def sleep(self) -> bool:
         """Caches live only within `generate`, so there is nothing to give back."""
         self._asleep = True
+        return True
 
     def wake_up(self) -> None:
         self._asleep = False

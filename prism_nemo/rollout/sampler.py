@@ -44,7 +44,8 @@ class Sampler:
 
     def sleep(self) -> None:
         """Nothing is sampled for a while: gives memory back. `begin` wakes the engine up."""
-        self.engine.sleep()
+        if not self.engine.sleep():
+            self.weights_version = -1
 
     def close(self) -> None:
         """Ends what the engine started."""

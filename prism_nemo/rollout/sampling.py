@@ -18,14 +18,14 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
-    """Number `position` of every seed's stream: float64 [B] in [0, 1) with 53 random bits, for uint64 seeds [B].
+def uniforms(seeds: np.ndarray, position: int | np.ndarray) -> np.ndarray:
+    """Number `position`, or [B] of them, of every seed's stream: float64 [B] in [0, 1) with 53 random bits, for uint64 seeds [B].
 
     A function of (seed, position) alone, so a sample does not depend on what is drawn beside it. The seed is mixed first: plain
     SplitMix64 streams of nearby seeds would be one stream, shifted.
     """
     start = _mix(seeds + _GOLDEN)
-    step = np.uint64((position + 1) * int(_GOLDEN) % 2**64)  # numpy would warn of a scalar's overflow
+    step = (np.atleast_1d(position).astype(np.uint64) + np.uint64(1)) * _GOLDEN  # arrays: numpy would warn of a scalar's overflow
     return (_mix(start + step) >> np.uint64(11)) * 2.0**-53
 
 
