@@ -1,0 +1,319 @@
+"""A rollout server: one engine behind HTTP. It generates from the weights of one complete update, or not at all.
+
+    GET  /v1/health           {"instance", "engine", "update_id", "version", "busy"}; no update_id where there are no weights
+    POST /v1/generate         a request of `rollout/wire.py`; the rollouts
+    POST /v1/weights/begin    {"update_id", "version", "shared"}: from here on there are no weights
+    POST /v1/weights/bucket   a header of `rollout/buckets.py`, and the bytes unless they are in shared memory
+    POST /v1/weights/finish   {"update_id", "num_buckets"}: from here on there are again
+
+An answer other than 200 is {"what": …}: 400 for what is no request, 401 without the token, 409 for other weights than the server
+has, 413 for too long a body, 422 where the engine refuses and would again, 500 where it fails, 503 while it is busy.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import select
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_nemo.errors import PrismError
+from prism_nemo.rollout.base import Rollout, RolloutEngine
+from prism_nemo.rollout.receiving import SharedMemory, WeightUpdate
+from prism_nemo.rollout.weight_sync import BEGIN, BUCKET, FINISH, UNPROCESSABLE
+from prism_nemo.rollout.wire import MAX_HEADER_BYTES, GenerateRequest, WireError, decode_request, encode_answer, parse_header
+
+HEALTH, GENERATE = "/v1/health", "/v1/generate"
+_IDLE_SECONDS = 120.0  # without a byte of a request
+_LEAST_LIMIT_SECONDS = 1e-3
+_DRAINED = 4  # times the longest body: of a longer one so much is read, so that the client hears why it is refused
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """An answer other than the one asked for."""
+
+    def __init__(self, status: int, what: str) -> None:
+        super().__init__(what)
+        self.status = status
+
+
+class _Gate:
+    """Generations go through together, an update alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._generating = 0
+
+    def enter(self, check: Callable[[], None]) -> None:
+        """`check` raises where nothing may be generated now."""
+        with self._changed:
+            check()
+            self._generating += 1
+
+    def leave(self) -> None:
+        with self._changed:
+            self._generating -= 1
+            self._changed.notify_all()
+
+    def close(self, forbid: Callable[[], None], seconds: float) -> bool:
+        """`forbid` lets nothing in any more; whether all have left in time."""
+        with self._changed:
+            forbid()
+            return self._changed.wait_for(lambda: self._generating == 0, timeout=seconds)
+
+    @property
+    def busy(self) -> int:
+        return self._generating
+
+
+class EngineHost:
+    """The engine and its weights, for any number of threads. The engine itself is called in threads of its own alone."""
+
+    def __init__(self, engine: RolloutEngine, *, name: str, busy_seconds: float = 60.0) -> None:
+        """`busy_seconds`: how long an update waits for what is being generated."""
+        self.instance = secrets.token_hex(8)
+        self._engine = engine
+        self._name = name
+        self._busy_seconds = busy_seconds
+        self._executor = ThreadPoolExecutor(1, "engine")
+        self._gate = _Gate()
+        self._updating = threading.Lock()
+        self._update: WeightUpdate | None = None  # that is under way
+        self._shared = SharedMemory()
+        self._weights: tuple[str, int] | None = None  # id and version of the update that the engine has; None: not a whole one
+
+    def health(self) -> dict[str, Any]:
+        update_id, version = self._weights or (None, None)
+        return {
+            "instance": self.instance,
+            "engine": self._name,
+            "update_id": update_id,
+            "version": version,
+            "busy": self._gate.busy,
+        }
+
+    def generate(self, request: GenerateRequest, wanted: Callable[[], bool]) -> bytes:
+        """The answer. `wanted` tells, when its turn comes, whether the client still waits for it."""
+        arrived = time.monotonic()
+
+        def check() -> None:
+            if self._weights is None or self._weights[0] != request.update_id:
+                raise Refused(HTTPStatus.CONFLICT, "the server does not have these weights (any more)")
+
+        self._gate.enter(check)
+        try:
+            rollouts = self._executor.submit(self._run, request, arrived, wanted).result()
+        finally:
+            self._gate.leave()
+        return encode_answer(request, rollouts)
+
+    def _run(self, request: GenerateRequest, arrived: float, wanted: Callable[[], bool]) -> list[Rollout]:
+        if not wanted():
+            raise Refused(HTTPStatus.CONFLICT, "nobody waits for it")
+        sampling, limit = request.sampling, request.sampling.time_limit_seconds
+        if limit is not None:
+            left = max(_LEAST_LIMIT_SECONDS, limit - (time.monotonic() - arrived))
+            sampling = replace(sampling, time_limit_seconds=left)
+        return self._engine.generate(
+            request.prompts, sampling, num_rollouts_per_prompt=request.num_rollouts_per_prompt, seeds=request.seeds
+        )
+
+    def begin(self, header: dict[str, Any]) -> dict[str, Any]:
+        update_id, version, shared = (header.get(key) for key in ("update_id", "version", "shared"))
+        if not isinstance(update_id, str) or type(version) is not int or not isinstance(shared, str | None):
+            raise WireError("not the begin of an update")
+        with self._updating:
+            if not self._gate.close(self._forget, self._busy_seconds):
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._gate.busy} requests are still being generated")
+            self._abort()
+            memory = self._shared.open(shared)
+            self._update = WeightUpdate(self._engine, self._executor, update_id, version, memory)
+            return {"instance": self.instance, "shares": self._update.shares}
+
+    def take(self, header: dict[str, Any], body: Tensor) -> dict[str, Any]:
+        with self._updating:
+            update = self._current(header)
+            try:
+                update.take(header, body)
+            except BaseException:
+                self._abort()
+                raise
+            return {}
+
+    def finish(self, header: dict[str, Any]) -> dict[str, Any]:
+        with self._updating:
+            update = self._current(header)
+            try:
+                update.finish(header)
+            except BaseException:
+                self._abort()
+                raise
+            self._update = None
+            self._weights = (update.update_id, update.version)
+            _log.info("weights of version %d", update.version)
+            return {"version": update.version}
+
+    def close(self) -> None:
+        with self._updating:
+            self._forget()
+            self._abort()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._engine.close()
+
+    def _forget(self) -> None:
+        self._weights = None
+
+    def _abort(self) -> None:
+        update, self._update = self._update, None
+        if update is not None:
+            update.abort()
+
+    def _current(self, header: dict[str, Any]) -> WeightUpdate:
+        if self._update is None or self._update.update_id != header.get("update_id"):
+            raise Refused(HTTPStatus.CONFLICT, "that update is not under way (any more)")
+        return self._update
+
+
+class RolloutServer(ThreadingHTTPServer):
+    """Serves a host until `shutdown`. With a token, requests without it are refused; port 0 takes a free one."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: EngineHost, address: tuple[str, int], *, token: str | None, max_body_bytes: int) -> None:
+        self.engine_host = host
+        self.token = token
+        self.max_body_bytes = max_body_bytes
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the network for a name that nobody needs
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.info("the connection to %s broke off", client_address[0], exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RolloutServer
+    protocol_version = "HTTP/1.1"
+    timeout = _IDLE_SECONDS
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _get(self) -> bytes:
+        self._check_token()
+        if self.path != HEALTH:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.path[:60]}")
+        return _json(self.server.engine_host.health())
+
+    def _post(self) -> bytes:
+        self._check_token()
+        host, length = self.server.engine_host, self._length()
+        if self.path == GENERATE:
+            return host.generate(decode_request(self.rfile.read(length)), self._client_waits)
+        steps: dict[str, Callable[[dict[str, Any], Tensor], dict[str, Any]]] = {
+            BEGIN: lambda header, _: host.begin(header),
+            BUCKET: host.take,
+            FINISH: lambda header, _: host.finish(header),
+        }
+        if self.path not in steps:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.path[:60]}")
+        return _json(steps[self.path](*self._read_parts(length)))
+
+    def _read_parts(self, length: int) -> tuple[dict[str, Any], Tensor]:
+        """Header, and the bytes behind it in memory of their own, where tensors can lie."""
+        prefix = self.rfile.read(min(4, length))
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 4 or size > min(length - 4, MAX_HEADER_BYTES):
+            raise WireError("a body that is cut short")
+        header = parse_header(self.rfile.read(size))
+        body = torch.empty(length - 4 - size, dtype=torch.uint8)
+        view, filled = memoryview(body.numpy().data), 0
+        while filled < len(view):
+            count = self.rfile.readinto(view[filled:])
+            if not count:
+                raise WireError("a body that is cut short")
+            filled += count
+        return header, body
+
+    def _length(self) -> int:
+        text = self.headers.get("Content-Length", "")
+        if not text.isdecimal() or len(text) > 18:
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no length")
+        length, limit = int(text), self.server.max_body_bytes
+        if length > limit:
+            left = min(length, _DRAINED * limit)
+            while left > 0 and (read := len(self.rfile.read(min(left, 1 << 20)))):
+                left -= read
+            raise Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body of {length} bytes; serve.max_request_mb allows {limit >> 20} MiB"
+            )
+        return length
+
+    def _check_token(self) -> None:
+        token = self.server.token
+        if token is None:
+            return
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise Refused(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong (PRISM_NEMO_ROLLOUT_TOKEN)")
+
+    def _client_waits(self) -> bool:
+        """A client that has given up has closed its side, which reads as an end."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        try:
+            return not poll.poll(0) or self.connection.recv(1, socket.MSG_PEEK) != b""
+        except OSError:
+            return False
+
+    def _answer(self, make: Callable[[], bytes]) -> None:
+        self.close_connection = True
+        try:
+            status, body = int(HTTPStatus.OK), make()
+        except Refused as error:
+            status, body = error.status, _json({"what": str(error)})
+        except WireError as error:
+            status, body = int(HTTPStatus.BAD_REQUEST), _json({"what": str(error)})
+        except PrismError as error:
+            status, body = UNPROCESSABLE, _json({"what": error.what, "where": error.where, "remedy": error.remedy})
+        except (ConnectionError, TimeoutError):
+            return  # nobody is there to be told
+        except Exception as error:
+            _log.exception("%s %s failed", self.command, self.path[:60])
+            status, body = int(HTTPStatus.INTERNAL_SERVER_ERROR), _json({"what": f"{type(error).__name__}: {error}"[:1000]})
+        if status != HTTPStatus.OK:
+            _log.warning("%s %s: %d %s", self.command, self.path[:60], status, body.decode()[:300])
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Requests are not listed; what goes wrong is logged where it does."""
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
