@@ -68,6 +68,11 @@ STAGES = {
         "model.path=runs/sft data.train=prompts.jsonl teacher.base_url=https://host/v1 teacher.model=NAME teacher.api_key_env=KEY"
         " experiment.dir=runs/curated",
     ),
+    "serve": Stage(
+        "prism_nemo.stages.serve",
+        "a rollout server for runs with rollout.placement=separate; it gets its weights from them",
+        "model.path=models/Qwen3-VL-8B rollout=vllm serve.host=0.0.0.0 serve.port=8900",
+    ),
     "pipeline": Stage(
         "prism_nemo.stages.pipeline",
         "several stages, each from the output of an earlier one",
@@ -88,6 +93,9 @@ data
 
 before a job
   plan             whether a model, stage and layout fit a cluster, and which layout is quickest
+
+rollouts
+{{rollouts}}
 
 evaluation
 {{evaluation}}
@@ -258,6 +266,7 @@ def _help() -> str:
     return HELP.format(
         training=lines("sft", "warmup", "align", "rlvr", "pipeline"),
         data=lines("pairs", "curate"),
+        rollouts=lines("serve"),
         evaluation=f"{lines('eval')}\n  {'compare A B':<16} two evaluations, record by record"
         f"\n  {'report RUN_DIR':<16} tables and curves of a run directory",
     )

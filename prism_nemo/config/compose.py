@@ -39,13 +39,14 @@ from prism_nemo.config.schema import (
     PipelineConfig,
     PipelineStage,
     RLVRConfig,
+    ServeConfig,
     SFTConfig,
     WarmupConfig,
 )
 from prism_nemo.errors import ConfigError
 
 StageConfig = SFTConfig | PairsConfig | WarmupConfig | AlignConfig | RLVRConfig | EvalConfig | CurateConfig
-Config = StageConfig | PipelineConfig
+Config = StageConfig | ServeConfig | PipelineConfig
 
 SCHEMAS: dict[str, type] = {
     "sft": SFTConfig,
@@ -55,6 +56,7 @@ SCHEMAS: dict[str, type] = {
     "rlvr": RLVRConfig,
     "eval": EvalConfig,
     "curate": CurateConfig,
+    "serve": ServeConfig,
     "pipeline": PipelineConfig,
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
-from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, VLLMConfig
+from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings, VLLMConfig
 from prism_nemo.config.schema import (
     AlignAlgorithmConfig,
     CurateConfig,
@@ -61,6 +61,7 @@ POSITIVE_SHARE = TOP_P = Range(0.0, 1.0, open="low")
 IMAGE_DISTANCE = Range(0, 7)  # what eight bands of a 256-bit hash find for certain
 STALENESS = Range(0, 1)  # batches
 CONCURRENCY = Range(1, 1024)
+PORT = Range(0, 65535)
 DUAL_CLIP = Range(1.0, open="low")
 
 RANGES: dict[type, dict[str, Range]] = {
@@ -140,8 +141,12 @@ RANGES: dict[type, dict[str, Range]] = {
         "num_replicas": COUNT,
         "startup_timeout_seconds": POSITIVE,
         "request_timeout_seconds": POSITIVE,
+        "control_timeout_seconds": POSITIVE,
+        "prompts_per_request": COUNT,
+        "requests_per_replica": COUNT,
         "weight_bucket_mb": COUNT,
     },
+    ServeSettings: {"port": PORT, "max_request_mb": COUNT, "parent_fd": COUNT_OR_NONE},
     PolicyLossConfig: {
         "clip_low": SHARE,
         "clip_high": NOT_NEGATIVE,

@@ -30,8 +30,21 @@ class RolloutServersConfig:
     urls: list[str] = field(default_factory=list)  # of servers that run (`prism-nemo serve`); empty: this run starts its own
     num_replicas: int = 1  # servers that this run starts, on this machine, and starts again when they die
     startup_timeout_seconds: float = 900.0  # for a server to load its model
-    request_timeout_seconds: float = 1800.0  # for one prompt's responses; then the prompt goes to another server
+    request_timeout_seconds: float = 1800.0  # for one request's responses; then its prompts go to another server
+    control_timeout_seconds: float = 120.0  # for a server to answer anything else, a bucket of weights above all
+    prompts_per_request: int = 1  # with all their responses; more are decoded together, fewer spread over the servers evenly
+    requests_per_replica: int = 2  # under way at a time, of each data-parallel rank: one that is generated, and the next
     weight_bucket_mb: int = 256  # of weights that travel at a time
+
+
+@dataclass
+class ServeSettings:
+    """The server itself. Other machines reach it with a token only, in the variable PRISM_NEMO_ROLLOUT_TOKEN on both sides."""
+
+    host: str = "127.0.0.1"  # where it listens; 0.0.0.0: wherever the machine can be reached
+    port: int = 8900  # 0: a free one
+    max_request_mb: int = 1024  # prompts with their pixels, or a bucket of weights; more is refused
+    parent_fd: int | None = None  # set by a run that starts the server: there it tells its address, and it ends with it
 
 
 @dataclass

@@ -31,7 +31,7 @@ from prism_nemo.config.enums import (
     StageKind,
     TransformerImpl,
 )
-from prism_nemo.config.rollout import RolloutConfig
+from prism_nemo.config.rollout import RolloutConfig, ServeSettings
 
 
 @dataclass
@@ -342,6 +342,17 @@ class CurateConfig:
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
     limit_samples: int | None = None  # prompts; null: the whole training file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+@dataclass
+class ServeConfig:
+    """A rollout server."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serve: ServeSettings = field(default_factory=ServeSettings)
 
 
 @dataclass

@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.algorithms import check_algorithm
 from prism_nemo.config.compose import Config, StageConfig, load_config, stage_overrides
 from prism_nemo.config.data_files import check_data_files
 from prism_nemo.config.endpoint import check_curation, check_endpoint
-from prism_nemo.config.enums import DiscriminatorView, Precision, Routing, StageKind
+from prism_nemo.config.enums import DiscriminatorView, Precision, RolloutPlacement, Routing, StageKind
 from prism_nemo.config.evaluation import check_pass_at_k
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.keys import did_you_mean
 from prism_nemo.config.layout import (
+    check_model,
     check_parallel,
     data_parallel_size,
     discriminator_layout,
+    read_model_sizes,
 )
 from prism_nemo.config.models import about_the_discriminator, check_models
 from prism_nemo.config.ranges import check_ranges
@@ -36,6 +39,7 @@ from prism_nemo.config.schema import (
     PipelineStage,
     RLVRConfig,
     RolloutConfig,
+    ServeConfig,
     TrainerConfig,
     WarmupConfig,
 )
@@ -77,9 +81,24 @@ def validate(config: Config, world_size: int | None = None) -> None:
     if isinstance(config, PipelineConfig):
         _check_pipeline(config, world_size)
         return
+    if isinstance(config, ServeConfig):
+        _check_server(config, world_size)
+        return
     _check_settings(config, world_size)
     check_data_files(config)
     check_models(config)
+
+
+def _check_server(config: ServeConfig, world_size: int | None) -> None:
+    check_ranges(config)
+    _check_pixels(config.data)
+    check_layers(config.model, config.runtime.device, "model")
+    check_rollout(config.rollout, world_size)
+    if config.rollout.placement is RolloutPlacement.separate:
+        raise ConfigError("a rollout server generates itself", where="rollout.placement", remedy="leave it at colocated")
+    if (world_size or 1) > 1:
+        raise ConfigError("a rollout server is one process", where="serve", remedy="start it without torchrun")
+    check_model(read_model_sizes(Path(config.model.path), key="model.path"), ParallelConfig())
 
 
 def _check_settings(config: StageConfig, world_size: int | None) -> None:
@@ -309,7 +328,7 @@ def _check_pipeline(config: PipelineConfig, world_size: int | None) -> None:
         _check_references(overrides, earlier, where)
         try:
             loaded = load_config(stage.stage, overrides)
-            assert not isinstance(loaded, PipelineConfig)
+            assert not isinstance(loaded, PipelineConfig | ServeConfig)
             _check_settings(loaded, world_size)
         except ConfigError as error:
             raise type(error)(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from error

@@ -91,7 +91,7 @@ class ServedMegatronEngine(MegatronEngine):
         self._loader = TensorLoader(model, config)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `RolloutEngine.update_weights`. Raises RolloutError for other tensors than the model's; then it has parts of two."""
+        """See `RolloutEngine.update_weights`. Raises RolloutError for other tensors than the model's: it has parts of two."""
         self._loader.load(tensors)
         self._weights_version = version
 

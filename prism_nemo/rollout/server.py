@@ -38,6 +38,7 @@ from prism_nemo.rollout.weight_sync import BEGIN, BUCKET, FINISH, UNPROCESSABLE
 from prism_nemo.rollout.wire import MAX_HEADER_BYTES, GenerateRequest, WireError, decode_request, encode_answer, parse_header
 
 HEALTH, GENERATE = "/v1/health", "/v1/generate"
+TOKEN_VARIABLE = "PRISM_NEMO_ROLLOUT_TOKEN"
 _IDLE_SECONDS = 120.0  # without a byte of a request
 _LEAST_LIMIT_SECONDS = 1e-3
 _DRAINED = 4  # times the longest body: of a longer one so much is read, so that the client hears why it is refused
@@ -169,12 +170,15 @@ class EngineHost:
             _log.info("weights of version %d", update.version)
             return {"version": update.version}
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> bool:
+        """Takes no more requests, and ends the engine; False where it was generating still after so many seconds."""
         with self._updating:
-            self._forget()
             self._abort()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+            if not self._gate.close(self._forget, seconds):
+                return False
+        self._executor.shutdown(wait=True)
         self._engine.close()
+        return True
 
     def _forget(self) -> None:
         self._weights = None
@@ -277,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise Refused(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong (PRISM_NEMO_ROLLOUT_TOKEN)")
+            raise Refused(HTTPStatus.UNAUTHORIZED, f"the token is missing or wrong ({TOKEN_VARIABLE})")
 
     def _client_waits(self) -> bool:
         """A client that has given up has closed its side, which reads as an end."""
