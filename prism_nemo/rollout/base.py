@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.config.schema import DataConfig
-from prism_nemo.errors import ConfigError, PrismError
+from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 
 if TYPE_CHECKING:
@@ -150,10 +151,15 @@ def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig) -> RolloutEngine:
-    """The engine that the configuration names. It has no weights before the first `update_weights`. A collective of all ranks."""
+def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig, directory: Path | None = None) -> RolloutEngine:
+    """The engine that the configuration names. It has no weights before the first `update_weights`. A collective of all ranks.
+
+    directory   of the run: servers that it starts write their logs below it
+    """
     if config.placement is RolloutPlacement.separate:
-        raise ConfigError("rollout servers are not in this release", where="rollout.placement", remedy="use colocated")
+        from prism_nemo.rollout.remote import RemoteEngine
+
+        return RemoteEngine(config, policy, data, directory)
     if config.engine is RolloutEngineKind.vllm:
         from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
 

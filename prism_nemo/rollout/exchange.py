@@ -18,8 +18,9 @@ _MAX_STATUS_BYTES = 1 << 20  # of answers that are JSON
 class ExchangeError(Exception):
     """There is no answer: the server cannot be reached, went away, took too long, or does not speak HTTP."""
 
-    def __init__(self, what: str, *, timed_out: bool = False) -> None:
+    def __init__(self, what: str, *, connected: bool = True, timed_out: bool = False) -> None:
         super().__init__(what)
+        self.connected = connected  # the server may have begun with the request
         self.timed_out = timed_out
 
 
@@ -90,8 +91,10 @@ class Address:
         clock = threading.Timer(timeout_seconds, end)
         clock.daemon = True
         clock.start()
+        connected = False
         try:
             connection.connect()
+            connected = True
             connection.putrequest(method, target.path.rstrip("/") + path, skip_accept_encoding=True)
             connection.putheader("Content-Length", str(sum(len(part) for part in parts)))
             if self.token is not None:
@@ -104,11 +107,11 @@ class Address:
                 raise TimeoutError
             return reply
         except TimeoutError as error:
-            raise ExchangeError(f"no answer within {timeout_seconds:g} s", timed_out=True) from error
+            raise ExchangeError(f"no answer within {timeout_seconds:g} s", connected=connected, timed_out=True) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             if over.is_set():
-                raise ExchangeError(f"no answer within {timeout_seconds:g} s", timed_out=True) from error
-            raise ExchangeError(f"{type(error).__name__}: {error}"[:300]) from error
+                raise ExchangeError(f"no answer within {timeout_seconds:g} s", connected=connected, timed_out=True) from error
+            raise ExchangeError(f"{type(error).__name__}: {error}"[:300], connected=connected) from error
         finally:
             clock.cancel()
             connection.close()

@@ -21,6 +21,7 @@ from prism_nemo.rollout.wire import pack_header
 
 BEGIN, BUCKET, FINISH = "/v1/weights/begin", "/v1/weights/bucket", "/v1/weights/finish"
 UNPROCESSABLE = 422  # the engine itself refuses: it would refuse again
+TOO_LONG = 413
 
 
 class WeightTransport(Protocol):
@@ -60,6 +61,7 @@ class Refusal:
 
     what: str
     final: bool = False
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class _Link:
 
     def begin(self, header: dict[str, Any]) -> None:
         told = self._post(BEGIN, header).json()
+        if told.get("instance") != self.receiver.instance:
+            raise _Refused(Refusal("it was started again meanwhile"))
         self.shares = header["shared"] is not None and told.get("shares") is True
         if self.shares:
             self._transport = SharedMemoryTransport()
@@ -173,5 +177,12 @@ class _Link:
     def _post(self, path: str, header: dict[str, Any], parts: Sequence[memoryview] = ()) -> Reply:
         reply = self.receiver.address.post(path, [pack_header(header), *parts], timeout_seconds=self._timeout)
         if not reply.ok:
-            raise _Refused(Refusal(reply.problem, final=reply.status == UNPROCESSABLE))
+            raise _Refused(Refusal(reply.problem, reply.status in (UNPROCESSABLE, TOO_LONG), _remedy(reply)))
         return reply
+
+
+def _remedy(reply: Reply) -> str | None:
+    if reply.status == TOO_LONG:
+        return "a smaller rollout.servers.weight_bucket_mb, or a larger serve.max_request_mb"
+    told = reply.json().get("remedy") if reply.status == UNPROCESSABLE else None
+    return told if isinstance(told, str) else None
