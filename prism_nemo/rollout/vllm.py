@@ -42,6 +42,7 @@ from vllm.inputs.engine import mm_input, tokens_input
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from prism_nemo.models.policy import PolicyModel
 
 _CPU_CACHE_GB = 1.0
+_CPU_BLOCK = 32  # tokens: prompts are shared in whole blocks, and vLLM's own default of 128 is longer than many
 _LEAST_BIAS = -100.0  # vLLM's; a token with it has a probability below 1e-40
 _DRAW = "prism_draw"
 _engines: list[Any] = []  # taking one apart would take the process groups with it: they live as long as the process
@@ -294,6 +296,8 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
     cache_gb = settings.kv_cache_gb or (_CPU_CACHE_GB if cpu else None)
     if cache_gb is not None:
         options["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
+    if cpu:
+        options["block_size"] = _CPU_BLOCK
     if settings.draws is Draws.shared:
         options["logits_processors"] = [SharedDraws]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -384,9 +388,15 @@ class WorkerExtension:
         """Fills the model from HuggingFace's tensors; the parameters that were not."""
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}
+        if current_platform.is_cpu():  # experts are packed only as their kernel is made
+            for module in model.modules():
+                if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+                    module.quant_method.moe_kernel = None
         initialize_layerwise_reload(model)
-        loaded = model.load_weights(tensors)
-        finalize_layerwise_reload(model, self.model_runner.model_config)
+        try:
+            loaded = model.load_weights(tensors)
+        finally:  # or what was not loaded stays without storage
+            finalize_layerwise_reload(model, self.model_runner.model_config)
         for module in model.modules():  # a tied output head is packed from a copy, which a reload leaves as it was
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
