@@ -192,10 +192,11 @@ class Fleet:
             return not waited_for or (up > 0 and (not for_all or up >= len(waited_for)))
 
         with self._changed:
-            self._changed.wait_for(enough, timeout=seconds)
+            left = since + self._startup_timeout - time.monotonic()
+            self._changed.wait_for(enough, timeout=max(0.0, min(seconds, left)))
             if enough() and self.up():
                 return True
-            over = time.monotonic() - since > self._startup_timeout
+            over = time.monotonic() >= since + self._startup_timeout
             if over and self.up():
                 _log.warning("not all rollout servers are up:\n%s", self.describe())
                 return True
