@@ -7,11 +7,11 @@ is sent.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import re
 import secrets
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +93,7 @@ class BucketBuffer:
         finally:
             os.close(descriptor)
         self.name = name
+        self._forget = weakref.finalize(self, (SHARED_MEMORY / name).unlink, missing_ok=True)  # should nobody hide it
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def renew(self) -> None:
@@ -102,8 +103,7 @@ class BucketBuffer:
     def hide(self) -> None:
         """Takes the name away: who has mapped the memory keeps it, and it goes with the last one, however that ends."""
         if self.name is not None:
-            with contextlib.suppress(FileNotFoundError):
-                (SHARED_MEMORY / self.name).unlink()
+            self._forget()
             self.name = None
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]], free: Callable[[int], None]) -> Iterator[Bucket]:
