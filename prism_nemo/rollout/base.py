@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
+from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.config.schema import DataConfig
@@ -139,6 +140,10 @@ class RolloutEngine(Protocol):
         ...
 
     def wake_up(self) -> None: ...
+
+    def metrics(self) -> MetricSums:
+        """What went wrong with servers since the last call, as sums over data-parallel ranks; empty where there are none."""
+        ...
 
     def close(self) -> None:
         """Ends what the engine started. Safe to call twice."""

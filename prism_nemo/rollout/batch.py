@@ -18,7 +18,9 @@ from prism_nemo.data.records import Record
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.format import ParsedResponse, parse_response
 from prism_nemo.rewards.registry import Reward
-from prism_nemo.rollout.base import Rollout, SamplingParams
+from prism_nemo.rollout.base import FinishReason, Rollout, SamplingParams
+
+_ENDS: dict[str, FinishReason] = {"truncated": "length", "timed_out": "timeout"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,12 @@ class RolloutBatch:
             "caption_accuracy": (float(sum(captions)), float(len(captions))),
             "format_rate": (float(sum(valid)), float(len(valid))),
             "response_length": mean_of(self.lengths),
-            "truncated": mean_of(torch.tensor([rollout.finish_reason == "length" for rollout in self.rollouts])),
+            **{name: mean_of(torch.tensor([r.finish_reason == reason for r in self.rollouts])) for name, reason in _ENDS.items()},
         }
+
+    def staleness(self, step: int) -> MetricSums:
+        """How many steps the weights that sampled them were behind those that step `step` (from 0) starts from."""
+        return {"staleness": mean_of(torch.tensor([step - rollout.weights_version for rollout in self.rollouts]))}
 
     def samples(self, count: int, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         """The first rollouts as rows for samples.jsonl, with one value of each column beside the text."""

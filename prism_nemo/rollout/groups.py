@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prism_nemo.algorithms.metrics import MetricSums, merge
 from prism_nemo.config.schema import RLVRConfig
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import DataError
+from prism_nemo.rollout.ahead import unpacked
 from prism_nemo.rollout.base import rollout_seed
 from prism_nemo.rollout.batch import RolloutBatch, join
 from prism_nemo.rollout.sampler import PendingRollouts, Prompts, Sampler
@@ -28,6 +30,9 @@ class Sampled:
     rollouts: RolloutBatch
     metrics: MetricSums
     positions: Sequence[int]  # of this rank's prompts in the global batch
+
+
+Draw = Callable[[], tuple[Prompts, Sequence[int]]]
 
 
 class NoSignalError(DataError):
@@ -49,13 +54,19 @@ class _Place:
 
 
 @dataclass(eq=False)
-class _Filling:
-    """A batch while it fills."""
+class Filling:
+    """A step's batch while it fills.
 
+    first       its first generation batch, the only one where nothing is replaced
+    positions   of this rank's prompts in that
+    """
+
+    first: PendingRollouts
+    positions: Sequence[int]
     kept: list[_Place] = field(default_factory=list)
     mine: dict[_Place, RolloutBatch] = field(default_factory=dict)
     pending: deque[PendingRollouts] = field(default_factory=deque)
-    drawn: int = 0  # generation batches
+    drawn: int = 1  # generation batches
     graded: int = 0  # groups
     all_right: int = 0
     metrics: MetricSums = field(default_factory=dict)
@@ -72,18 +83,30 @@ class GroupSampler:
         self.needed = config.trainer.global_batch_size
         self.generation_batch_size = config.algorithm.generation_batch_size or self.needed
 
-    def sample(self, draw: Callable[[], tuple[Prompts, Sequence[int]]], *, step: int) -> Sampled:
-        """`draw` gives this rank's prompts of the next generation batch, and where they stood in it. A collective.
+    def sample(self, draw: Draw, *, step: int) -> Sampled:
+        """`begin` and `finish`."""
+        return self.finish(self.begin(draw, step=step), draw, step=step)
+
+    def begin(self, draw: Draw, *, step: int, saved: Sequence[dict[str, Any]] | None = None) -> Filling:
+        """Starts on a step's groups. `draw` gives this rank's prompts of the next generation batch, and where they stood in it.
+
+        saved: what `ahead.packed` made of the first generation batch, which is then not sampled once more. A collective.
+        """
+        prompts, positions = draw()
+        given = None if saved is None else unpacked(saved, positions)
+        first = self.sampler.begin(prompts, self.rollout, step=step, given=given)
+        return Filling(first, positions, pending=deque([first]))
+
+    def finish(self, filling: Filling, draw: Draw, *, step: int) -> Sampled:
+        """The groups that were begun, all of them with a signal where the algorithm asks for that. A collective.
 
         Raises NoSignalError when dynamic sampling has drawn `max_generation_batches` and not found enough groups with a signal.
         """
         if not self.algorithm.dynamic_sampling:
-            prompts, positions = draw()
-            rollouts = self.sampler.sample(prompts, self.rollout, step=step)
+            rollouts = filling.first.result()
             signals = [has_signal(rollouts, prompt) for prompt in range(len(rollouts.prompts))]
             share = float(sum(signals)), float(len(signals))
-            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": share}, positions)
-        filling = _Filling()
+            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": share}, filling.positions)
         while True:
             if self._draws_more(filling):
                 batch = self.sampler.begin(draw()[0], self.rollout, step=step, attempt=filling.drawn)
@@ -97,7 +120,7 @@ class GroupSampler:
             raise self._exhausted(filling)
         return self._finish(filling)
 
-    def _draws_more(self, filling: _Filling) -> bool:
+    def _draws_more(self, filling: Filling) -> bool:
         """Whether what is kept and pending will not do, by the share of signals so far; at first all are taken to have one.
 
         At most one batch is sampled ahead of the grades: the share of a bad beginning says little.
@@ -107,7 +130,7 @@ class GroupSampler:
         share = len(filling.kept) / filling.graded if filling.graded else 1.0
         return len(filling.kept) + share * self.generation_batch_size * len(filling.pending) < self.needed
 
-    def _collect(self, filling: _Filling, step: int) -> None:
+    def _collect(self, filling: Filling, step: int) -> None:
         """Takes the oldest pending rollouts in, on every rank."""
         number = filling.drawn - len(filling.pending)
         rollouts = filling.pending.popleft().result()
@@ -125,7 +148,7 @@ class GroupSampler:
             filling.graded += count
             filling.all_right += right
 
-    def _finish(self, filling: _Filling) -> Sampled:
+    def _finish(self, filling: Filling) -> Sampled:
         """The first groups in order, dealt to the ranks in turn, so that all have equally many."""
         chosen = sorted(filling.kept, key=lambda place: place.order)[: self.needed]
         size = self.runtime.data_parallel_size
@@ -150,7 +173,7 @@ class GroupSampler:
         positions = sorted(arrived)
         return Sampled(join([arrived[position] for position in positions]), metrics, positions)
 
-    def _exhausted(self, filling: _Filling) -> NoSignalError:
+    def _exhausted(self, filling: Filling) -> NoSignalError:
         algorithm = self.algorithm
         none_right = filling.graded - len(filling.kept) - filling.all_right
         easier = none_right >= filling.all_right

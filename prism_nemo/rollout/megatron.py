@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.step import run_stages
@@ -87,6 +88,9 @@ class MegatronEngine:
     def restore_weights(self, version: int) -> None:
         """The weights are never lost."""
         self._weights_version = version
+
+    def metrics(self) -> MetricSums:
+        return {}
 
     def close(self) -> None:
         """There is nothing to end."""

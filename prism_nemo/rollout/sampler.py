@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.data.records import Record
@@ -15,7 +16,15 @@ from prism_nemo.engine.runtime import Runtime
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.grader import Grader
 from prism_nemo.rewards.registry import Reward
-from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutEngine, RolloutError, WeightsLostError, rollout_seed
+from prism_nemo.rollout.base import (
+    Generated,
+    PendingGeneration,
+    Rollout,
+    RolloutEngine,
+    RolloutError,
+    WeightsLostError,
+    rollout_seed,
+)
 from prism_nemo.rollout.batch import RolloutBatch, sampling_params
 
 Prompts = Sequence[tuple[Record, EncodedPrompt]]
@@ -47,6 +56,10 @@ class Sampler:
         if not self.engine.sleep():
             self.weights_version = -1
 
+    def metrics(self) -> MetricSums:
+        """What the engine has to say about the time since it was asked last."""
+        return {f"servers/{name}": value for name, value in self.engine.metrics().items()}
+
     def close(self) -> None:
         """Ends what the engine started."""
         self.engine.close()
@@ -55,19 +68,26 @@ class Sampler:
         """`num_rollouts_per_prompt` graded responses to each prompt. A collective."""
         return self.begin(batch, config, step=step).result()
 
-    def begin(self, batch: Prompts, config: RolloutConfig, *, step: int, attempt: int = 0) -> PendingRollouts:
+    def begin(
+        self, batch: Prompts, config: RolloutConfig, *, step: int, attempt: int = 0, given: Sequence[Rollout] | None = None
+    ) -> PendingRollouts:
         """Starts to sample and to grade; what can be done in the background goes on there.
 
         Seeds depend on the run's seed, the step, the record and the response's number, and on `attempt`: a prompt that comes up
         again within a step gets other responses. A collective of the ranks that hold one model.
+
+        given: rollouts of the batch that there are already, from before the run was stopped; they are only graded.
         """
         count = config.num_rollouts_per_prompt
         records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
+        if given is not None:
+            oldest = min((rollout.weights_version for rollout in given), default=self.weights_version)
+            return PendingRollouts(self, records, prompts, Generated(list(given)), oldest)
         keys = [record.id if attempt == 0 else f"{record.id} {attempt}" for record in records]
         seeds = [rollout_seed(self.seed, step, key, index) for key in keys for index in range(count)]
         self.engine.wake_up()
         generation = self.engine.start(prompts, sampling_params(config, self.encoder), num_rollouts_per_prompt=count, seeds=seeds)
-        return PendingRollouts(self, records, prompts, generation)
+        return PendingRollouts(self, records, prompts, generation, self.weights_version)
 
     def in_background(self, pending: PendingRollouts) -> Future[_Graded]:
         """One batch after the other, so that grades do not depend on which is ready first."""
@@ -92,16 +112,22 @@ class PendingRollouts:
     records: Sequence[Record]
     prompts: Sequence[EncodedPrompt]
     generation: PendingGeneration
+    oldest_version: int  # of the weights that it may have been sampled by
+    _result: RolloutBatch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._oldest_version = self.sampler.weights_version
         self._graded = self.sampler.in_background(self) if self.sampler.runtime.is_leader else None
 
     def result(self) -> RolloutBatch:
-        """The graded rollouts. A collective over all ranks.
+        """The graded rollouts, each time the same. A collective over all ranks.
 
         Raises RolloutError for rollouts of other weights than the engine has had since they were begun.
         """
+        if self._result is None:
+            self._result = self._settle()
+        return self._result
+
+    def _settle(self) -> RolloutBatch:
         while True:
             graded = self.sampler.runtime.share_from_leader(self._wait)
             lost = graded is None
@@ -112,7 +138,7 @@ class PendingRollouts:
                 self._graded = self.sampler.in_background(self)
         assert graded is not None
         versions = {rollout.weights_version for rollout in graded.rollouts}
-        allowed = range(self._oldest_version, self.sampler.weights_version + 1)
+        allowed = range(self.oldest_version, max(self.oldest_version, self.sampler.weights_version) + 1)
         if not versions <= set(allowed):
             raise RolloutError(
                 f"rollouts come from weights of version {', '.join(map(str, sorted(versions)))}, and the engine has had versions "

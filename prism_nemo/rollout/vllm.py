@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.enums import Draws
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.convert.qwen3_vl import hf_shapes
@@ -162,6 +163,9 @@ class VLLMEngine:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
 
+    def metrics(self) -> MetricSums:
+        return {}
+
     def close(self) -> None:
         """The engine lives on until the process ends: vLLM would take the process groups with it."""
 
@@ -205,10 +209,10 @@ class VLLMEngine:
             parameters = self._parameters(sampling, seeds[request.number], request.number if shared else None)
             engine.add_request(identifier, inputs[request.prompt_index], parameters)
             running[identifier] = request
-        limit = self._config.time_limit_seconds
+        limit = sampling.time_limit_seconds
         deadline = float("inf") if limit is None else time.monotonic() + limit
         try:
-            while running and time.monotonic() < deadline:
+            while running and (time.monotonic() < deadline or not all(request.tokens for request in running.values())):
                 for output in engine.step():
                     if _take(running[output.request_id], output):
                         del running[output.request_id]

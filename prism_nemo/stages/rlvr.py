@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +30,21 @@ from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rewards.overlong import overlong_penalty
+from prism_nemo.rollout.ahead import packed
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
-from prism_nemo.rollout.groups import GroupSampler, NoSignalError, Sampled
+from prism_nemo.rollout.groups import Filling, GroupSampler, NoSignalError, Sampled
 from prism_nemo.rollout.sampler import Prompts, Sampler
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_update import PolicyUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Groups that are being sampled, and where the stream of prompts was before them."""
+
+    filling: Filling
+    stream_before: dict[str, Any]
 
 
 class RLVRTrainer:
@@ -53,6 +63,8 @@ class RLVRTrainer:
         engine = build_engine(config.rollout, self.policy, config.data)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.groups = GroupSampler(self.sampler, config)
+        self.begun: Begun | None = None  # for the step to come
+        self.saved: list[dict[str, Any]] | None = None  # its rollouts, where a checkpoint has them
         self.policy_update = PolicyUpdate(self.policy, config)
         self.stream = open_stream(config, self.encode, required=("answer",), batch_size=self.groups.generation_batch_size)
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
@@ -66,9 +78,7 @@ class RLVRTrainer:
         self.policy.prepare_for_training()
         for step in self.loop.steps(self):
             with self.loop.timed("rollout"):
-                self.sampler.update_weights(self.policy.hf_tensors(), version=step)
                 sampled = self.sample(step)
-                self.sampler.sleep()
             rollouts = sampled.rollouts
             scores = self.scores(rollouts)
             advantages = grpo_advantages(scores, rollouts.group_ids, normalize_std=self.config.algorithm.normalize_std)
@@ -78,7 +88,7 @@ class RLVRTrainer:
 
             self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
-            sums |= self.grading()
+            sums |= {**rollouts.staleness(step), **self.grading(), **self.sampler.metrics()}
             self.loop.end_step(
                 {**update.metrics, **reduce_metrics(sums, self.runtime)},
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
@@ -86,14 +96,34 @@ class RLVRTrainer:
         self.policy.finish_training()
 
     def sample(self, step: int) -> Sampled:
-        """The step's rollouts. What was trained so far is saved when no prompt teaches anything any more."""
-        before = self.stream.state_dict()
+        """The step's rollouts; with `max_staleness`, those of the next are generated from here on, while this one trains.
+
+        What was trained so far is saved when no prompt teaches anything any more.
+        """
+        begun = self.begun or self.begin(step, self.saved)
+        self.saved = None
         try:
-            return self.groups.sample(self.draw, step=step)
+            sampled = self.groups.finish(begun.filling, self.draw, step=step)
         except NoSignalError:
-            self.stream.load_state_dict(before)
+            self.begun = None
+            self.stream.load_state_dict(begun.stream_before)
             self.loop.save(self, step)
             raise
+        ahead = self.config.rollout.max_staleness > 0 and step + 1 < self.config.trainer.max_steps
+        self.begun = self.begin(step + 1) if ahead else None
+        self.sampler.sleep()
+        return sampled
+
+    def begin(self, step: int, saved: Sequence[dict[str, Any]] | None = None) -> Begun:
+        """Starts to sample the groups of step `step`, by the weights of now; `saved` are sampled already."""
+        before = self.stream.state_dict()
+        if saved is None:
+            self.update_weights()
+        return Begun(self.groups.begin(self.draw, step=step, saved=saved), before)
+
+    def update_weights(self) -> None:
+        """The engine samples by the policy as it is now, which the number of finished steps names."""
+        self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
 
     def draw(self) -> tuple[Prompts, Sequence[int]]:
         """This rank's prompts of the next generation batch, and where they stood in it."""
@@ -118,17 +148,24 @@ class RLVRTrainer:
 
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts, by the weights of now; nothing without a validation file."""
+        if self.begun is not None:  # by the weights of before
+            self.begun.filling.first.result()
+        self.update_weights()
         try:
-            self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
             return self.held_out.accuracy(self.config.rollout)
         finally:
             self.grader.metrics()  # these answers are not the next step's
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        """With the rollouts that were begun for the next step: the weights that they come from are gone after it."""
+        if self.begun is None:
+            return {"stream": self.stream.state_dict()}
+        filling = self.begun.filling
+        return {"stream": self.begun.stream_before, "begun": packed(filling.first, filling.positions, self.runtime)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
+        self.saved = state.get("begun")
 
 
 def run(config: RLVRConfig) -> None:

@@ -1,4 +1,4 @@
-"""A small random model that vLLM can serve too (with a tokenizer, and heads of a width that its CPU kernels know), and prompts."""
+"""A small random model that vLLM can serve too: with a tokenizer, and heads of a width that its CPU kernels know; and prompts."""
 
 from __future__ import annotations
 

@@ -172,15 +172,15 @@ def test_what_was_trained_before_the_signal_ran_out_is_saved(tmp_path: Path, mon
     whole = written(run_stage("rlvr", tmp_path / "whole", *overrides))
     needed = [int(row["dynamic_sampling/generation_batches"]) for row in whole[0]]
     assert needed[2] > 2, "the third step must need more batches than its fewest"
-    kept, real = [], GroupSampler.sample
+    kept, real = [], GroupSampler.finish
 
-    def runs_out(self: GroupSampler, draw: Any, *, step: int) -> Any:
+    def runs_out(self: GroupSampler, filling: Any, draw: Any, *, step: int) -> Any:
         if step == 2 and not kept:
             kept.append(step)
             self.algorithm = replace(self.algorithm, max_generation_batches=2)
-        return real(self, draw, step=step)
+        return real(self, filling, draw, step=step)
 
-    monkeypatch.setattr(GroupSampler, "sample", runs_out)
+    monkeypatch.setattr(GroupSampler, "finish", runs_out)
     with pytest.raises(NoSignalError, match="2 generation batches of 3 prompts"):
         run_stage("rlvr", tmp_path / "cut", *overrides)
     latest = (tmp_path / "cut" / "checkpoints" / "latest").read_text().strip()

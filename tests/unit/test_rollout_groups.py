@@ -47,7 +47,7 @@ class Script:
     def draw(self) -> tuple[list[Any], list[int]]:
         return [], []
 
-    def begin(self, batch: Any, config: Any, *, step: int, attempt: int = 0) -> PendingRollouts:
+    def begin(self, batch: Any, config: Any, *, step: int, attempt: int = 0, given: None = None) -> PendingRollouts:
         self.events.append(f"sample {attempt}")
         script = self
 
