@@ -68,6 +68,11 @@ STAGES = {
         "model.path=runs/sft data.train=prompts.jsonl teacher.base_url=https://host/v1 teacher.model=NAME teacher.api_key_env=KEY"
         " experiment.dir=runs/curated",
     ),
+    "generate": Stage(
+        "prism_nemo.stages.generate",
+        "write the policy's responses to the prompts of a data set to a file, graded where answers are known",
+        "model.path=runs/rlvr data.train=prompts.jsonl rollout.num_rollouts_per_prompt=8 experiment.dir=runs/responses",
+    ),
     "serve": Stage(
         "prism_nemo.stages.serve",
         "a rollout server for runs with rollout.placement=separate; it gets its weights from them",
@@ -266,7 +271,7 @@ def _help() -> str:
     return HELP.format(
         training=lines("sft", "warmup", "align", "rlvr", "pipeline"),
         data=lines("pairs", "curate"),
-        rollouts=lines("serve"),
+        rollouts=lines("generate", "serve"),
         evaluation=f"{lines('eval')}\n  {'compare A B':<16} two evaluations, record by record"
         f"\n  {'report RUN_DIR':<16} tables and curves of a run directory",
     )

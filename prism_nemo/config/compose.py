@@ -35,6 +35,7 @@ from prism_nemo.config.schema import (
     AlignConfig,
     CurateConfig,
     EvalConfig,
+    GenerateConfig,
     PairsConfig,
     PipelineConfig,
     PipelineStage,
@@ -45,7 +46,7 @@ from prism_nemo.config.schema import (
 )
 from prism_nemo.errors import ConfigError
 
-StageConfig = SFTConfig | PairsConfig | WarmupConfig | AlignConfig | RLVRConfig | EvalConfig | CurateConfig
+StageConfig = SFTConfig | PairsConfig | WarmupConfig | AlignConfig | RLVRConfig | EvalConfig | CurateConfig | GenerateConfig
 Config = StageConfig | ServeConfig | PipelineConfig
 
 SCHEMAS: dict[str, type] = {
@@ -56,6 +57,7 @@ SCHEMAS: dict[str, type] = {
     "rlvr": RLVRConfig,
     "eval": EvalConfig,
     "curate": CurateConfig,
+    "generate": GenerateConfig,
     "serve": ServeConfig,
     "pipeline": PipelineConfig,
 }

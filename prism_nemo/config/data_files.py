@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism_nemo.config.compose import StageConfig
-from prism_nemo.config.schema import CurateConfig, EvalConfig, PairsConfig
+from prism_nemo.config.schema import CurateConfig, EvalConfig, GenerateConfig, PairsConfig
 from prism_nemo.data.columns import check_columns
 from prism_nemo.data.paths import expand_paths
 from prism_nemo.errors import ConfigError, DataError
@@ -17,7 +17,7 @@ def check_data_files(config: StageConfig) -> None:
     if isinstance(config, EvalConfig):
         if data.validation is None:
             raise ConfigError("there is no data file", where="data.validation", remedy="set data.validation=FILE")
-    elif isinstance(config, PairsConfig | CurateConfig) and data.mixture:
+    elif isinstance(config, PairsConfig | CurateConfig | GenerateConfig) and data.mixture:
         raise ConfigError("they are made of one set of records", where="data.mixture", remedy="set data.train, a run for each")
     elif data.train is not None and data.mixture:
         raise ConfigError("there are both data.train and data.mixture", where="data.mixture", remedy="set one of them")

@@ -16,6 +16,7 @@ from prism_nemo.config.schema import (
     DigitsConfig,
     DiscriminatorConfig,
     EvalConfig,
+    GenerateConfig,
     MixtureSource,
     OptimizerConfig,
     PairsConfig,
@@ -183,6 +184,7 @@ RANGES: dict[type, dict[str, Range]] = {
     EvalConfig: {"limit_samples": COUNT, "bootstrap_samples": COUNT_OR_NONE},
     PairsConfig: {"limit_samples": COUNT},
     CurateConfig: {"limit_samples": COUNT},
+    GenerateConfig: {"limit_samples": COUNT},
     CurationConfig: {
         "max_solved_share": BELOW_ONE,
         "max_answers": COUNT,

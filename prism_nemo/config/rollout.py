@@ -48,6 +48,15 @@ class ServeSettings:
 
 
 @dataclass
+class GenerateSettings:
+    """What is written of every response of `generate`."""
+
+    grade: bool = True  # whether its answer is right, by `reward`, where the record has a verified answer
+    token_ids: bool = False  # its tokens
+    log_probs: bool = False  # the sampler's log-probability of each of them
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled."""
 

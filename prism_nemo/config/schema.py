@@ -31,7 +31,7 @@ from prism_nemo.config.enums import (
     StageKind,
     TransformerImpl,
 )
-from prism_nemo.config.rollout import RolloutConfig, ServeSettings
+from prism_nemo.config.rollout import GenerateSettings, RolloutConfig, ServeSettings
 
 
 @dataclass
@@ -340,6 +340,19 @@ class CurateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     curate: CurationConfig = field(default_factory=CurationConfig)
     teacher: EndpointConfig = field(default_factory=EndpointConfig)
+    limit_samples: int | None = None  # prompts; null: the whole training file
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+
+
+@dataclass
+class GenerateConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
     limit_samples: int | None = None  # prompts; null: the whole training file
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 

@@ -32,6 +32,7 @@ from prism_nemo.config.schema import (
     DataConfig,
     DiscriminatorConfig,
     EvalConfig,
+    GenerateConfig,
     OptimizerConfig,
     PairsConfig,
     ParallelConfig,
@@ -123,19 +124,20 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
         _check_discriminator(config.discriminator)
     if isinstance(config, AlignConfig | RLVRConfig):
         check_algorithm(config)
-    if isinstance(config, AlignConfig | RLVRConfig | EvalConfig | CurateConfig) and config.reward.judge.enabled:
+    if isinstance(config, AlignConfig | RLVRConfig | EvalConfig | CurateConfig | GenerateConfig) and config.reward.judge.enabled:
         check_endpoint(config.reward.judge, "reward.judge")
     if isinstance(config, CurateConfig):
         check_endpoint(config.teacher, "teacher")
         check_curation(config.curate, config.model.path)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | CurateConfig):
         _check_sampling(config.rollout)
-    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig | CurateConfig):
+    if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig | CurateConfig | GenerateConfig):
         check_rollout(config.rollout, world_size)
-    if isinstance(config, EvalConfig):
+    if isinstance(config, EvalConfig | GenerateConfig):
         _check_greedy(config.rollout)
+    if isinstance(config, EvalConfig):
         check_pass_at_k(config)
-    elif not isinstance(config, PairsConfig | CurateConfig):
+    elif not isinstance(config, PairsConfig | CurateConfig | GenerateConfig):
         _check_optimizer(config.optimizer, config.trainer, "optimizer")
         model = config.discriminator if isinstance(config, WarmupConfig) else config.model
         _check_offload(config.optimizer, model.precision, "optimizer")
@@ -200,7 +202,7 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig, parallel: ParallelC
 
 def _check_row_budget(config: StageConfig) -> None:
     """A row holds at least one prompt with one response, and in front of the discriminator with the teacher's beside it."""
-    assert not isinstance(config, EvalConfig | PairsConfig | CurateConfig)
+    assert not isinstance(config, EvalConfig | PairsConfig | CurateConfig | GenerateConfig)
     responses = 2 if isinstance(config, WarmupConfig | AlignConfig) else 1
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     needed = prompt + responses * response

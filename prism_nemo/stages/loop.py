@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prism_nemo.config.compose import dump_config
-from prism_nemo.config.schema import AlignConfig, CurateConfig, EvalConfig, PairsConfig, RLVRConfig, SFTConfig, WarmupConfig
+from prism_nemo.config.schema import (
+    AlignConfig,
+    CurateConfig,
+    EvalConfig,
+    GenerateConfig,
+    PairsConfig,
+    RLVRConfig,
+    SFTConfig,
+    WarmupConfig,
+)
 from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
@@ -29,6 +38,7 @@ from prism_nemo.stages.bad_samples import settle_bad_records
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
+SamplingConfig = EvalConfig | PairsConfig | CurateConfig | GenerateConfig  # of commands that train nothing
 
 T = TypeVar("T")
 
@@ -49,7 +59,7 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def open_experiment(stage: str, config: TrainingConfig | EvalConfig | PairsConfig | CurateConfig, runtime: Runtime) -> Experiment:
+def open_experiment(stage: str, config: TrainingConfig | SamplingConfig, runtime: Runtime) -> Experiment:
     """The run directory of a stage, made by the main rank before any other looks into it. A collective."""
     settings = config.experiment
     experiment = Experiment(

@@ -1,4 +1,4 @@
-"""What the commands that only sample from a policy (`eval`, `pairs`) open: ranks, run directory, policy, encoder, engine."""
+"""What `eval`, `pairs` and `generate`, which only sample from a policy, open: ranks, run directory, policy, encoder, engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_nemo.config.schema import CurateConfig, EvalConfig, PairsConfig
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.experiment import Experiment
@@ -16,7 +15,7 @@ from prism_nemo.rewards.grader import Grader
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.run_directory import resolve_model_directory
-from prism_nemo.stages.loop import open_experiment
+from prism_nemo.stages.loop import SamplingConfig, open_experiment
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 
@@ -35,7 +34,7 @@ class SamplingRun:
 
 
 @contextmanager
-def open_sampling_run(stage: str, config: EvalConfig | PairsConfig, *, grader: Grader | None = None) -> Iterator[SamplingRun]:
+def open_sampling_run(stage: str, config: SamplingConfig, *, grader: Grader | None = None) -> Iterator[SamplingRun]:
     """Such a run has no steps: its metrics and samples start anew each time."""
     with (
         StopSignals() as signals,
@@ -48,7 +47,7 @@ def open_sampling_run(stage: str, config: EvalConfig | PairsConfig, *, grader: G
             yield SamplingRun(runtime, experiment, sampler, directory, signals)
 
 
-def build_sampler(config: EvalConfig | PairsConfig | CurateConfig, runtime: Runtime, grader: Grader | None) -> Sampler:
+def build_sampler(config: SamplingConfig, runtime: Runtime, grader: Grader | None) -> Sampler:
     """The policy of `model.path`, loaded, with its encoder and its engine. A collective."""
     policy = PolicyModel(config.model, config.parallel, runtime)
     encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)

@@ -126,6 +126,7 @@ def settings(stage: str, directory: Path, *overrides: str) -> list[str]:
             "optimizer.lr=1e-3",
         ],
         "eval": [f"data.validation={task.data.test}"],
+        "generate": [f"data.train={task.data.prompts}", "limit_samples=24", "rollout.num_rollouts_per_prompt=2"],
         "curate": [f"data.train={task.data.prompts}", "teacher.model=teacher", "teacher.backoff_seconds=0.01"],
     }[stage]
     if stage == "warmup":

@@ -154,7 +154,7 @@ def test_an_interpolation_of_the_environment_is_converted_to_the_keys_type(monke
         ("sft", "lr=1", "did you mean optimizer.lr?"),
         ("sft", "parallel.tensor_parallel_size=2", "did you mean parallel.tensor_model_parallel_size or "),
         ("rlvr", "policy_loss.clip_high=0.3", "did you mean algorithm.policy_loss.clip_high?"),
-        ("sft", "rollout.temperature=1", "it is a key of pairs, align, rlvr, eval, curate, serve only"),
+        ("sft", "rollout.temperature=1", "it is a key of pairs, align, rlvr, eval, curate, generate, serve only"),
         ("sft", "nonsense=1", "`prism-nemo sft --help` lists every key"),
         ("pipeline", "stages.0.name=x", "stages takes its value as a whole"),
     ],
@@ -291,6 +291,7 @@ def test_a_dumped_configuration_loads_as_it_was(stage: str, tmp_path: Path) -> N
         "rlvr": [*RLVR, "algorithm=gspo"],
         "curate": ["data.train=t.jsonl", "teacher.base_url=http://localhost:1/v1", "teacher.model=m", "experiment.dir=d"],
         "eval": ["model.path=m", "data.validation=t.jsonl", "experiment.dir=1e5"],
+        "generate": ["model.path=m", "data.train=t.jsonl", "experiment.dir=d"],
         "serve": ["model.path=m"],
     }[stage]
     config = load_config(stage, [*given, "data.system_prompt=a: ${runtime.seed} \\${b} # 'c'\n\"d\" \\"])

@@ -24,6 +24,7 @@ MANDATORY = {
     "rlvr": ["model.path=m", "data.train=t.jsonl", "experiment.dir=d"],
     "eval": ["model.path=m", "data.validation=t.jsonl", "experiment.dir=d"],
     "curate": ["data.train=t.jsonl", "teacher.base_url=http://localhost:1/v1", "teacher.model=m", "experiment.dir=d"],
+    "generate": ["model.path=m", "data.train=t.jsonl", "experiment.dir=d"],
     "serve": ["model.path=m"],
     "pipeline": ["experiment.dir=d"],
 }

@@ -71,6 +71,7 @@ def load(stage: str, place: Path, *overrides: str) -> StageConfig:
         "align": [f"model.path={model}", f"discriminator.path={place / 'warmup'}", f"data.train={data}"],
         "rlvr": [f"model.path={model}", f"data.train={data}"],
         "eval": [f"model.path={model}", f"data.validation={data}"],
+        "generate": [f"model.path={model}", f"data.train={data}"],
     }[stage]
     config = load_config(stage, [*given, f"experiment.dir={place / 'run'}", *overrides])
     assert not isinstance(config, PipelineConfig)
@@ -85,7 +86,7 @@ def error_of(stage: str, place: Path, *overrides: str, world_size: int | None = 
     return caught.value
 
 
-@pytest.mark.parametrize("stage", ["sft", "pairs", "warmup", "align", "rlvr", "eval"])
+@pytest.mark.parametrize("stage", ["sft", "pairs", "warmup", "align", "rlvr", "eval", "generate"])
 def test_the_shipped_settings_are_possible(stage: str, place: Path) -> None:
     validate(load(stage, place), world_size=1)
 
