@@ -51,7 +51,7 @@ def build_sampler(config: SamplingConfig, runtime: Runtime, grader: Grader | Non
     """The policy of `model.path`, loaded, with its encoder and its engine. A collective."""
     policy = PolicyModel(config.model, config.parallel, runtime)
     encoder = ChatEncoder.from_directory(policy.assets, config.data, image_root=None)
-    engine = build_engine(config.rollout, policy, config.data)
+    engine = build_engine(config.rollout, policy, config.data, Path(config.experiment.dir))
     sampler = Sampler(engine, encoder, grader, runtime, config.runtime.seed)
     sampler.update_weights(policy.hf_tensors(), version=0)
     return sampler

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from helpers.stages import run_stage, settings, stage_config, tiny_task, trained
 
 import prism_nemo
 from prism_nemo import cli
+from prism_nemo.config.compose import load_config
 from prism_nemo.config.schema import RewardConfig
 from prism_nemo.convert.commands import export_hf, find_checkpoint
 from prism_nemo.curate.pass_rates import read_pass_rates
@@ -39,6 +42,7 @@ SHORT = ("rollout.num_rollouts_per_prompt=4", "data.max_response_length=20")  # 
 EVERYTHING = (*SHORT, "generate.token_ids=true", "generate.log_probs=true")
 SMALL_BATCHES = (*EVERYTHING, "rollout.max_batch_size=24")  # four batches of six prompts
 ROOT = Path(prism_nemo.__file__).parent.parent
+DOCUMENTATION = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +182,23 @@ def test_run_step_and_huggingface_directory_are_one_policy(whole: Path, tmp_path
         assert lines(run) == lines(whole)[:6]
 
 
+def test_the_documentation_names_what_is_written(whole: Path) -> None:
+    (line,) = re.findall(r"^\| `responses.jsonl` \|(.*)\|$", DOCUMENTATION, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", line) == list(lines(whole)[0])
+    described = DOCUMENTATION.partition("| of a response | |")[2].partition("\n\n")[0]
+    names = [name for cell in re.findall(r"^\| (`.*?) \|", described, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)]
+    assert names == list(lines(whole)[0]["responses"][0])
+
+
+def test_the_commands_of_the_documentation_compose() -> None:
+    first, *others = (
+        shlex.split(words, comments=True) for words in re.findall(r"^ {4}prism-nemo generate (.*)$", DOCUMENTATION, re.M)
+    )
+    assert len(others) == 3
+    for words in ([], *(words[1:] for words in others)):
+        load_config("generate", [*first, *words])
+
+
 # Engines
 
 
@@ -186,6 +207,7 @@ def test_servers_of_their_own_write_the_same(whole: Path, tmp_path: Path) -> Non
     separate = ("rollout.placement=separate", "rollout.servers.prompts_per_request=6")
     run = run_stage("generate", tmp_path / "run", *SMALL_BATCHES, *separate)
     assert_same_run(run, whole)
+    assert list((run / "servers").glob("*.log")), "what they said stays with the run"
 
 
 @pytest.mark.vllm
