@@ -61,7 +61,8 @@ class Address:
     token: str | None
 
     def get(self, path: str, *, timeout_seconds: float) -> Reply:
-        return self._exchange("GET", path, (), timeout_seconds, _MAX_STATUS_BYTES)
+        with contextlib.closing(Connection(self)) as connection:
+            return connection.exchange("GET", path, (), timeout_seconds=timeout_seconds)
 
     def post(
         self,
@@ -72,49 +73,70 @@ class Address:
         max_bytes: int = _MAX_STATUS_BYTES,
     ) -> Reply:
         """Sends the parts as one body. Raises ExchangeError."""
-        return self._exchange("POST", path, parts, timeout_seconds, max_bytes)
+        with contextlib.closing(Connection(self)) as connection:
+            return connection.exchange("POST", path, parts, timeout_seconds=timeout_seconds, max_bytes=max_bytes)
 
-    def _exchange(
-        self, method: str, path: str, parts: Sequence[bytes | memoryview], timeout_seconds: float, max_bytes: int
-    ) -> Reply:
-        target = urlsplit(self.url)
+
+class Connection:
+    """To one server, for one request after the other. It is of no use after one that failed."""
+
+    def __init__(self, address: Address) -> None:
+        target = urlsplit(address.url)
         kind = http.client.HTTPSConnection if target.scheme == "https" else http.client.HTTPConnection
-        connection = kind(target.hostname or "", target.port, timeout=timeout_seconds)
+        self._connection = kind(target.hostname or "", target.port)
+        self._prefix, self._token = target.path.rstrip("/"), address.token
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        timeout_seconds: float,
+        max_bytes: int = _MAX_STATUS_BYTES,
+    ) -> Reply:
+        """One request and its answer. Raises ExchangeError."""
         over = threading.Event()
 
         def end() -> None:
             over.set()
-            if connection.sock is not None:
-                _shut_down(connection.sock)
+            if self._connection.sock is not None:
+                _shut_down(self._connection.sock)
 
         # A socket's own limit is for each read, and a server that sends a byte now and then would never reach it.
         clock = threading.Timer(timeout_seconds, end)
         clock.daemon = True
         clock.start()
-        connected = False
+        connected = self._connection.sock is not None
         try:
-            connection.connect()
-            connected = True
-            connection.putrequest(method, target.path.rstrip("/") + path, skip_accept_encoding=True)
-            connection.putheader("Content-Length", str(sum(len(part) for part in parts)))
-            if self.token is not None:
-                connection.putheader("Authorization", f"Bearer {self.token}")
-            connection.endheaders()
-            for part in parts:
-                connection.send(part)
-            reply = _read(connection.getresponse(), max_bytes)
+            if not connected:
+                self._connection.timeout = timeout_seconds
+                self._connection.connect()
+                connected = True
+            reply = self._send_and_read(method, path, parts, max_bytes)
             if over.is_set():  # an answer without a length ends where it was ended
                 raise TimeoutError
             return reply
-        except TimeoutError as error:
-            raise ExchangeError(f"no answer within {timeout_seconds:g} s", connected=connected, timed_out=True) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if over.is_set():
+            self._connection.close()
+            if over.is_set() or isinstance(error, TimeoutError):
                 raise ExchangeError(f"no answer within {timeout_seconds:g} s", connected=connected, timed_out=True) from error
             raise ExchangeError(f"{type(error).__name__}: {error}"[:300], connected=connected) from error
         finally:
             clock.cancel()
-            connection.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _send_and_read(self, method: str, path: str, parts: Sequence[bytes | memoryview], max_bytes: int) -> Reply:
+        self._connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
+        self._connection.putheader("Content-Length", str(sum(len(part) for part in parts)))
+        if self._token is not None:
+            self._connection.putheader("Authorization", f"Bearer {self._token}")
+        self._connection.endheaders()
+        for part in parts:
+            self._connection.send(part)
+        return _read(self._connection.getresponse(), max_bytes)
 
 
 def _shut_down(connected: socket.socket) -> None:

@@ -293,7 +293,6 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _answer(self, make: Callable[[], bytes]) -> None:
-        self.close_connection = True
         try:
             status, body = int(HTTPStatus.OK), make()
         except Refused as error:
@@ -303,15 +302,18 @@ class _Handler(BaseHTTPRequestHandler):
         except PrismError as error:
             status, body = UNPROCESSABLE, _json({"what": error.what, "where": error.where, "remedy": error.remedy})
         except (ConnectionError, TimeoutError):
-            return  # nobody is there to be told
+            self.close_connection = True  # nobody is there to be told
+            return
         except Exception as error:
             _log.exception("%s %s failed", self.command, self.path[:60])
             status, body = int(HTTPStatus.INTERNAL_SERVER_ERROR), _json({"what": f"{type(error).__name__}: {error}"[:1000]})
         if status != HTTPStatus.OK:
             _log.warning("%s %s: %d %s", self.command, self.path[:60], status, body.decode()[:300])
+            self.close_connection = True  # some of the body may not have been read
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 

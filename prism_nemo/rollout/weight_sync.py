@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from prism_nemo.rollout.buckets import Bucket, BucketBuffer, piece_header
-from prism_nemo.rollout.exchange import Address, ExchangeError, Reply
+from prism_nemo.rollout.exchange import Address, Connection, ExchangeError, Reply
 from prism_nemo.rollout.wire import pack_header
 
 BEGIN, BUCKET, FINISH = "/v1/weights/begin", "/v1/weights/bucket", "/v1/weights/finish"
@@ -142,12 +142,14 @@ class _Link:
         self._timeout = timeout_seconds
         self._transport: WeightTransport = BodyTransport()
         self._thread = ThreadPoolExecutor(1, "weights")
+        self._connection = Connection(receiver.address)
 
     def submit(self, request: Callable[[], None]) -> Future[None]:
         return self._thread.submit(self._attempt, request)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._connection.close()
 
     def _attempt(self, request: Callable[[], None]) -> None:
         if self.refusal is not None:
@@ -175,7 +177,7 @@ class _Link:
         self._post(FINISH, {"update_id": self._update_id, "num_buckets": count})
 
     def _post(self, path: str, header: dict[str, Any], parts: Sequence[memoryview] = ()) -> Reply:
-        reply = self.receiver.address.post(path, [pack_header(header), *parts], timeout_seconds=self._timeout)
+        reply = self._connection.exchange("POST", path, [pack_header(header), *parts], timeout_seconds=self._timeout)
         if not reply.ok:
             raise _Refused(Refusal(reply.problem, reply.status in (UNPROCESSABLE, TOO_LONG), _remedy(reply)))
         return reply
