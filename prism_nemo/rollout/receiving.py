@@ -47,10 +47,21 @@ class SharedMemory:
 class WeightUpdate:
     """One update, which the engine reads in a thread of its own while its buckets arrive."""
 
-    def __init__(self, engine: TakesWeights, executor: Executor, update_id: str, version: int, shared: Tensor | None) -> None:
+    def __init__(
+        self,
+        engine: TakesWeights,
+        executor: Executor,
+        update_id: str,
+        version: int,
+        *,
+        shared: Tensor | None,
+        assembly: Assembly,
+    ) -> None:
         self.update_id = update_id
         self.version = version
         self._shared = shared
+        self._assembly = assembly
+        assembly.restart()
         self._arrived: queue.SimpleQueue[_Arrived | UpdateAborted | None] = queue.SimpleQueue()
         self._expected = 0  # number of the next bucket
         self._all_read = False
@@ -62,13 +73,12 @@ class WeightUpdate:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each is valid until the next is asked for: then its memory may be the next bucket's."""
-        assembly = Assembly()
         while (arrived := self._arrived.get()) is not None:
             if isinstance(arrived, UpdateAborted):
                 raise arrived
-            yield from assembly.add(arrived.pieces)
+            yield from self._assembly.add(arrived.pieces)
             arrived.read.set_result(None)
-        assembly.check_complete()
+        self._assembly.check_complete()
         self._all_read = True
 
     def take(self, header: dict[str, Any], body: Tensor) -> None:

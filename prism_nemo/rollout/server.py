@@ -33,6 +33,7 @@ from torch import Tensor
 
 from prism_nemo.errors import PrismError
 from prism_nemo.rollout.base import Rollout, RolloutEngine
+from prism_nemo.rollout.buckets import Assembly
 from prism_nemo.rollout.receiving import SharedMemory, WeightUpdate
 from prism_nemo.rollout.weight_sync import BEGIN, BUCKET, FINISH, UNPROCESSABLE
 from prism_nemo.rollout.wire import MAX_HEADER_BYTES, GenerateRequest, WireError, decode_request, encode_answer, parse_header
@@ -96,7 +97,7 @@ class EngineHost:
         self._gate = _Gate()
         self._updating = threading.Lock()
         self._update: WeightUpdate | None = None  # that is under way
-        self._shared = SharedMemory()
+        self._shared, self._assembly = SharedMemory(), Assembly()
         self._weights: tuple[str, int] | None = None  # id and version of the update that the engine has; None: not a whole one
 
     def health(self) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class EngineHost:
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._gate.busy} requests are still being generated")
             self._abort()
             memory = self._shared.open(shared)
-            self._update = WeightUpdate(self._engine, self._executor, update_id, version, memory)
+            self._update = WeightUpdate(self._engine, self._executor, update_id, version, shared=memory, assembly=self._assembly)
             return {"instance": self.instance, "shares": self._update.shares}
 
     def take(self, header: dict[str, Any], body: Tensor) -> dict[str, Any]:
@@ -218,6 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: RolloutServer
     protocol_version = "HTTP/1.1"
     timeout = _IDLE_SECONDS
+    disable_nagle_algorithm = True  # or every answer behind the first waits for the client's acknowledgement, 40 ms
 
     def do_GET(self) -> None:
         self._answer(self._get)

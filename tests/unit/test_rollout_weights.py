@@ -315,7 +315,7 @@ class _Impatient:
 @pytest.mark.parametrize("error", [None, RolloutError("no"), MemoryError("no")])
 def test_an_engine_that_ends_early_is_noticed(error: Exception | None) -> None:
     with ThreadPoolExecutor(1) as executor:
-        update = WeightUpdate(_Impatient(error), executor, "a", 1, None)
+        update = WeightUpdate(_Impatient(error), executor, "a", 1, shared=None, assembly=Assembly())
         (bucket,) = BucketBuffer(1 << 20).pack(tensors_of(seed=1), lambda half: None)
         with pytest.raises(WireError if error is None else type(error), match="stopped reading" if error is None else "no"):
             update.take(piece_header(bucket), bucket.data)
