@@ -64,6 +64,7 @@ MAY_DIFFER = (
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",
     "rollout.max_batch_size",
+    "rollout.servers",
     "data.max_bad_sample_share",
     "data.cache_dir",
     "reward.num_workers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_nemo.config.enums import RolloutCorrection
 from prism_nemo.config.schema import AlignConfig, RLVRConfig
 from prism_nemo.errors import ConfigError
 
@@ -27,6 +28,12 @@ def check_algorithm(config: AlignConfig | RLVRConfig) -> None:
             "a reference policy is named, and the divergence from it does not count",
             where="algorithm.policy_loss.reference_path, algorithm.policy_loss.kl_coefficient",
             remedy="set kl_coefficient (1e-3 is usual), or reference_path=null",
+        )
+    if config.rollout.max_staleness > 0 and loss.rollout_correction is RolloutCorrection.none:
+        raise ConfigError(
+            "rollouts of the weights before are trained on as if they were of the weights of now",
+            where="rollout.max_staleness, algorithm.policy_loss.rollout_correction",
+            remedy="set algorithm.policy_loss.rollout_correction=token (or sequence), or rollout.max_staleness=0",
         )
     if isinstance(config, RLVRConfig):
         _check_overlong(config)

@@ -73,8 +73,11 @@ class RolloutConfig:
     servers: RolloutServersConfig = field(default_factory=RolloutServersConfig)
 
 
-def check_rollout(rollout: RolloutConfig, world_size: int | None) -> None:
-    """Raises ConfigError for an engine that is not installed, and for settings that have no meaning together."""
+def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool = False) -> None:
+    """Raises ConfigError for an engine that is not installed, and for settings that have no meaning together.
+
+    ahead   whether the stage can train on rollouts of the weights before
+    """
     separate = rollout.placement is RolloutPlacement.separate
     if rollout.engine is RolloutEngineKind.vllm and not rollout.servers.urls and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -87,6 +90,12 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None) -> None:
             f"vLLM samples at temperatures up to 2, not at {rollout.temperature:g}",
             where="rollout.temperature",
             remedy="lower it, or set rollout.vllm.draws=shared",
+        )
+    if rollout.max_staleness > 0 and not ahead:
+        raise ConfigError(
+            "only RLVR can train on rollouts of the weights before",
+            where="rollout.max_staleness",
+            remedy="set rollout.max_staleness=0",
         )
     if rollout.max_staleness > 0 and not separate:
         raise ConfigError(

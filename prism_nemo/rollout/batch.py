@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -25,13 +25,17 @@ _ENDS: dict[str, FinishReason] = {"truncated": "length", "timed_out": "timeout"}
 
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
-    """B rollouts, those of a prompt together, prompts in order; a reward is None where there is no verified answer."""
+    """B rollouts, those of a prompt together, prompts in order; a reward is None where there is no verified answer.
+
+    grading   how the answers were decided, as the grader counts it
+    """
 
     records: Sequence[Record]
     prompts: Sequence[EncodedPrompt]
     rollouts: Sequence[Rollout]
     texts: Sequence[str]
     rewards: Sequence[Reward | None]
+    grading: MetricSums = field(default_factory=dict)
 
     @cached_property
     def group_ids(self) -> Tensor:

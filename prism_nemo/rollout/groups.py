@@ -106,7 +106,7 @@ class GroupSampler:
             rollouts = filling.first.result()
             signals = [has_signal(rollouts, prompt) for prompt in range(len(rollouts.prompts))]
             share = float(sum(signals)), float(len(signals))
-            return Sampled(rollouts, {**rollouts.metrics(), "groups_with_signal": share}, filling.positions)
+            return Sampled(rollouts, {**rollouts.metrics(), **rollouts.grading, "groups_with_signal": share}, filling.positions)
         while True:
             if self._draws_more(filling):
                 batch = self.sampler.begin(draw()[0], self.rollout, step=step, attempt=filling.drawn)
@@ -134,7 +134,7 @@ class GroupSampler:
         """Takes the oldest pending rollouts in, on every rank."""
         number = filling.drawn - len(filling.pending)
         rollouts = filling.pending.popleft().result()
-        filling.metrics = merge(filling.metrics, rollouts.metrics())
+        filling.metrics = merge(filling.metrics, {**rollouts.metrics(), **rollouts.grading})
         groups = range(len(rollouts.prompts))
         mine = [
             _Place(number, rollout_seed(0, step, rollouts.records[group].id, 0), self.runtime.data_parallel_rank, group)

@@ -99,6 +99,7 @@ class _Graded:
     rollouts: list[Rollout]
     texts: list[str]
     rewards: list[Reward | None]
+    grading: MetricSums
 
 
 @dataclass(eq=False)
@@ -146,7 +147,7 @@ class PendingRollouts:
                 where="rollout",
                 remedy="two runs may share a rollout server: give each its own",
             )
-        return RolloutBatch(self.records, self.prompts, graded.rollouts, graded.texts, graded.rewards)
+        return RolloutBatch(self.records, self.prompts, graded.rollouts, graded.texts, graded.rewards, graded.grading)
 
     def _wait(self) -> _Graded | None:
         """None when the weights are lost."""
@@ -159,7 +160,10 @@ class PendingRollouts:
     def collect_and_grade(self) -> _Graded:
         rollouts = self.generation.collect()
         texts = [self.sampler.encoder.decode(rollout.tokens) for rollout in rollouts]
-        rewards: list[Reward | None] = [None] * len(texts)
-        if self.sampler.grader is not None:
-            rewards = self.sampler.grader.grade(texts, [self.records[rollout.prompt_index] for rollout in rollouts])
-        return _Graded(rollouts, texts, rewards)
+        grader = self.sampler.grader
+        if grader is None:
+            return _Graded(rollouts, texts, [None] * len(texts), {})
+        rewards = grader.grade(texts, [self.records[rollout.prompt_index] for rollout in rollouts])
+        # Not what depends on the answers that this process has seen before: a resumed run has seen fewer.
+        grading: MetricSums = {name: value for name, value in grader.metrics().items() if name != "rewards/cache_hits"}
+        return _Graded(rollouts, texts, rewards, grading)

@@ -38,9 +38,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or the first log-probabilities compile C++ for up to a minute
 
 import vllm
+import vllm._custom_ops
 import vllm.v1.engine.core
 from vllm.inputs.engine import mm_input, tokens_input
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.platforms import current_platform
@@ -110,11 +110,17 @@ class VLLMEngine:
         self._weights_version: int | None = None  # None: there are none, or parts of two
         self._asleep = False
         self._calls = 0
+        size = config.vllm.tensor_model_parallel_size
+        ranks = 1 if model.group is None else model.group.size()
+        if ranks % size:
+            raise RolloutError(
+                f"{ranks} ranks hold one model, which do not divide into engines of {size}",
+                where="rollout.vllm.tensor_model_parallel_size",
+                remedy="choose a divisor of tensor x pipeline x context parallel size",
+            )
         with _random_state_kept():
             self._llm = _start(config, model)
         _engines.append(self._llm)
-        size = config.vllm.tensor_model_parallel_size
-        ranks = 1 if model.group is None else model.group.size()
         place = 0 if model.group is None else model.group.rank()
         self._num_engines, self._number, self._speaks = ranks // size, place // size, place % size == 0
 
@@ -302,6 +308,9 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         options["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
     if cpu:
         options["block_size"] = _CPU_BLOCK
+        # Matrices stay as they are: packed ones would have to be packed at every update, which takes ten times as long as the
+        # copy, and a tied output head would keep its old copy without a word.
+        vllm._custom_ops._supports_onednn = False
     if settings.draws is Draws.shared:
         options["logits_processors"] = [SharedDraws]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -392,18 +401,18 @@ class WorkerExtension:
         """Fills the model from HuggingFace's tensors; the parameters that were not."""
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}
+        packs_experts = [module for module in model.modules() if hasattr(getattr(module, "quant_method", None), "moe_kernel")]
+        if current_platform.is_cpu() and not packs_experts:
+            with torch.no_grad():
+                return frozenset(expected - model.load_weights(tensors))  # in place: see `_start`
         if current_platform.is_cpu():  # experts are packed only as their kernel is made
-            for module in model.modules():
-                if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
-                    module.quant_method.moe_kernel = None
+            for module in packs_experts:
+                module.quant_method.moe_kernel = None
         initialize_layerwise_reload(model)
         try:
             loaded = model.load_weights(tensors)
         finally:  # or what was not loaded stays without storage
             finalize_layerwise_reload(model, self.model_runner.model_config)
-        for module in model.modules():  # a tied output head is packed from a copy, which a reload leaves as it was
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
         return frozenset(expected - loaded)
 
     def take_prism_log_probs(self) -> dict[int, list[float]]:

@@ -70,7 +70,7 @@ class AlignTrainer:
         self.models = {"policy": self.policy, "discriminator": self.discriminator}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        engine = build_engine(config.rollout, self.policy, config.data)
+        engine = build_engine(config.rollout, self.policy, config.data, loop.directory)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.policy_update = PolicyUpdate(self.policy, config)
         verified = config.algorithm.reward is not AlignReward.discriminator

@@ -54,13 +54,12 @@ class RLVRTrainer:
         self.config = config
         self.runtime = runtime
         self.loop = loop
-        self.grader = grader
         self.policy = PolicyModel(config.model, config.parallel, runtime)
         self.policy.build_optimizer(config.optimizer, config.trainer.max_steps)
         self.models = {"policy": self.policy}
         self.encoder = ChatEncoder.from_directory(self.policy.assets, config.data, image_root=None)
         self.policy.distribution = OutputDistribution(config.rollout.temperature, self.encoder.banned_token_ids)
-        engine = build_engine(config.rollout, self.policy, config.data)
+        engine = build_engine(config.rollout, self.policy, config.data, loop.directory)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.groups = GroupSampler(self.sampler, config)
         self.begun: Begun | None = None  # for the step to come
@@ -88,7 +87,7 @@ class RLVRTrainer:
 
             self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
-            sums |= {**rollouts.staleness(step), **self.grading(), **self.sampler.metrics()}
+            sums |= {**rollouts.staleness(step), **self.sampler.metrics()}
             self.loop.end_step(
                 {**update.metrics, **reduce_metrics(sums, self.runtime)},
                 rollouts.samples(self.config.trainer.log_samples, {"reward": scores.tolist(), "advantage": advantages.tolist()}),
@@ -115,10 +114,12 @@ class RLVRTrainer:
         return sampled
 
     def begin(self, step: int, saved: Sequence[dict[str, Any]] | None = None) -> Begun:
-        """Starts to sample the groups of step `step`, by the weights of now; `saved` are sampled already."""
+        """Starts to sample the groups of step `step`, by the weights of now; `saved` are sampled already.
+
+        (What dynamic sampling draws beside those comes from the weights of now, not from those before, which are gone.)
+        """
         before = self.stream.state_dict()
-        if saved is None:
-            self.update_weights()
+        self.update_weights()
         return Begun(self.groups.begin(self.draw, step=step, saved=saved), before)
 
     def update_weights(self) -> None:
@@ -142,19 +143,12 @@ class RLVRTrainer:
             factor=algorithm.overlong_penalty_factor,
         )
 
-    def grading(self) -> MetricSums:
-        """How the step's answers were decided, without what depends on the answers that this process has seen before."""
-        return {name: value for name, value in self.grader.metrics().items() if name != "rewards/cache_hits"}
-
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts, by the weights of now; nothing without a validation file."""
         if self.begun is not None:  # by the weights of before
             self.begun.filling.first.result()
         self.update_weights()
-        try:
-            return self.held_out.accuracy(self.config.rollout)
-        finally:
-            self.grader.metrics()  # these answers are not the next step's
+        return self.held_out.accuracy(self.config.rollout)
 
     def state_dict(self) -> dict[str, Any]:
         """With the rollouts that were begun for the next step: the weights that they come from are gone after it."""

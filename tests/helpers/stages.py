@@ -59,14 +59,15 @@ def tiny_task() -> TinyTask:
     return TinyTask(data, root / "model", keep)
 
 
-def write_tiny_model(directory: Path) -> None:
-    """The task's model, cut down. One deepstack feature, two key/value heads, tied."""
+def write_tiny_model(directory: Path, *, head_dim: int = 16) -> None:
+    """The task's model, cut down. One deepstack feature, two key/value heads, tied. vLLM's CPU kernels want heads of 32."""
     directory.mkdir()
     write_model_files(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    config["text_config"]["rope_scaling"]["mrope_section"] = [4, 2, 2]
+    config["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config["text_config"] |= {"head_dim": head_dim}
+    config["text_config"]["rope_scaling"]["mrope_section"] = [head_dim // 4, head_dim // 8, head_dim // 8]
     config["vision_config"] |= {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
     config["vision_config"] |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     path.write_text(json.dumps(config))

@@ -528,6 +528,7 @@ def test_vllm_is_refused_where_it_is_not_installed(place: Path, monkeypatch: pyt
     ("overrides", "where"),
     [
         (["rollout.max_staleness=1"], "rollout.max_staleness"),
+        (["rollout.max_staleness=1", "rollout.placement=separate"], "rollout.max_staleness, algorithm.policy_loss"),
         (["rollout.servers.urls=[http://node1:8900]"], "rollout.servers.urls"),
         (["rollout.placement=separate", "rollout.servers.urls=[node1:8900]"], "rollout.servers.urls"),
     ],
