@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -50,7 +50,9 @@ class Reply:
             told = self.json().get("what")
         except ExchangeError:
             told = None
-        return f"status {self.status}" + (f": {told:.300}" if isinstance(told, str) else "")
+        if not isinstance(told, str):
+            return f"status {self.status}"
+        return f"status {self.status}: " + "".join(sign if sign.isprintable() else " " for sign in told[:300])
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Address:
     """Of a server, and the token that it wants."""
 
     url: str
-    token: str | None
+    token: str | None = field(repr=False)
 
     def get(self, path: str, *, timeout_seconds: float) -> Reply:
         with contextlib.closing(Connection(self)) as connection:

@@ -23,6 +23,7 @@ MAX_DEATHS = 3  # in a row, without an answer in between
 _WRONG_INPUT = 2  # the exit status of a PrismError: the next start would end the same way
 _WATCH_SECONDS = 0.1
 _PROBE_SECONDS = (0.5, 30.0)  # between probes, twice as long each time
+_PROBE_TIMEOUT_SECONDS = 5.0  # also what closing may wait for
 _log = logging.getLogger(__name__)
 
 
@@ -121,12 +122,12 @@ class LocalMember:
 class ForeignMember:
     """A server that others start: it is asked whether it is there, ever more rarely while it is not."""
 
-    def __init__(self, url: str, token: str | None, timeout_seconds: float) -> None:
+    def __init__(self, url: str, token: str | None) -> None:
         self.name = url
         self.problem = "was not asked yet"
         self.hopeless = False
         self.receiver: Receiver | None = None
-        self._address, self._timeout = Address(url, token), timeout_seconds
+        self._address = Address(url, token)
         self._next, self._pause = 0.0, _PROBE_SECONDS[0]
 
     def watch(self) -> bool:
@@ -134,7 +135,7 @@ class ForeignMember:
             return False
         before = self.problem
         try:
-            reply = self._address.get(HEALTH, timeout_seconds=self._timeout)
+            reply = self._address.get(HEALTH, timeout_seconds=_PROBE_TIMEOUT_SECONDS)
             if not reply.ok:
                 raise ExchangeError(reply.problem)
             instance = reply.json().get("instance")

@@ -7,7 +7,6 @@ background. What a server gives is checked, and what it fails at is done by anot
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 import tempfile
@@ -31,7 +30,7 @@ from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutError, SamplingParams, WeightsLostError
 from prism_nemo.rollout.dispatch import Dispatcher, Failure, Replica
 from prism_nemo.rollout.fleet import Fleet, ForeignMember, Launch, LocalMember, Member
-from prism_nemo.rollout.server import TOKEN_VARIABLE
+from prism_nemo.rollout.server import token_from_environment
 from prism_nemo.rollout.weight_sync import WeightSender
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class RemoteEngine:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         servers = config.servers
         several = len(set(self._runtime.gather_objects_over_all(socket.gethostname()))) > 1
-        token = os.environ.get(TOKEN_VARIABLE) or (None if servers.urls else secrets.token_urlsafe(24))
+        token = token_from_environment() or (None if servers.urls else secrets.token_urlsafe(24))
         self._token: str | None = self._runtime.broadcast_from_main(token)
         if self._runtime.is_main:
             members = self._members(policy, data, directory, several=several)
@@ -86,8 +85,7 @@ class RemoteEngine:
         """The servers; on `several` machines those that are started must be reached from the others."""
         servers = self._config.servers
         if servers.urls:
-            timeout = servers.control_timeout_seconds
-            return [ForeignMember(url.rstrip("/"), self._token, timeout) for url in servers.urls]
+            return [ForeignMember(url.rstrip("/"), self._token) for url in servers.urls]
         if directory is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="prism-nemo-servers-")
             directory = Path(self._temporary.name)
@@ -185,6 +183,7 @@ class RemoteEngine:
     ) -> PendingGeneration:
         """See `RolloutEngine.start`: returns at once."""
         assert len(seeds) == len(prompts) * num_rollouts_per_prompt, "one seed per rollout"
+        assert self._settled, "update_weights comes first"
         if not self._is_leader:
             return _NotHere()
         per_request = self._config.servers.prompts_per_request

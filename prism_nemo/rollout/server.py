@@ -15,6 +15,8 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
+import re
 import secrets
 import select
 import socket
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_nemo.errors import PrismError
+from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.rollout.base import Rollout, RolloutEngine
 from prism_nemo.rollout.buckets import Assembly
 from prism_nemo.rollout.receiving import SharedMemory, WeightUpdate
@@ -45,6 +47,18 @@ _LEAST_LIMIT_SECONDS = 1e-3
 _DRAINED = 4  # times the longest body: of a longer one so much is read, so that the client hears why it is refused
 
 _log = logging.getLogger(__name__)
+
+
+def token_from_environment() -> str | None:
+    """The secret that run and servers share; None where there is none. Raises ConfigError for what no header can carry."""
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError(
+            "the token of the rollout servers has spaces or characters beyond ASCII",
+            where=f"environment variable {TOKEN_VARIABLE}",
+            remedy="letters and digits, such as `openssl rand -hex 24` gives",
+        )
+    return token
 
 
 class Refused(Exception):

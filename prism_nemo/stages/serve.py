@@ -31,7 +31,7 @@ from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.fp8 import layer_kind
 from prism_nemo.rollout.base import RolloutEngine
-from prism_nemo.rollout.server import TOKEN_VARIABLE, EngineHost, RolloutServer
+from prism_nemo.rollout.server import TOKEN_VARIABLE, EngineHost, RolloutServer, token_from_environment
 from prism_nemo.run_directory import resolve_model_directory
 
 _CLOSING_SECONDS = 5.0
@@ -41,7 +41,7 @@ def run(config: ServeConfig) -> None:
     """The `serve` command: until SIGTERM, SIGINT, or the end of the run that started it."""
     validate(config)
     settings = config.serve
-    token = os.environ.get(TOKEN_VARIABLE) or None
+    token = token_from_environment()
     if token is None and not _is_loopback(settings.host):
         raise ConfigError(
             "other machines would reach the server without a token",
@@ -108,7 +108,12 @@ def _serve(server: RolloutServer) -> None:
 
 def _watch_parent(descriptor: int) -> socket.socket:
     """The run's end of this connection closes with it, however it ends; then this process ends too, and all that it started."""
-    parent = socket.socket(fileno=descriptor)
+    try:
+        parent = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise ConfigError(
+            "there is no run at the other end", where=f"serve.parent_fd: {descriptor}", remedy="leave it out: a run sets it"
+        ) from error
 
     def watch() -> None:
         while parent.recv(1 << 10):

@@ -93,7 +93,9 @@ def test_killed_and_frozen_replicas_lose_nothing_and_come_back(
     def of_version(version: int) -> list[Rollout]:
         return [replace(rollout, weights_version=version) for rollout in rollouts]
 
-    with remote_engine(policy, directory=tmp_path, num_replicas=2, request_timeout_seconds=10.0) as engine:
+    with remote_engine(
+        policy, directory=tmp_path, num_replicas=2, request_timeout_seconds=10.0, control_timeout_seconds=8.0
+    ) as engine:
         engine.update_weights(policy.hf_tensors(), 3)
         first, second = members(engine)
         killed = pid_of(first)
@@ -123,6 +125,13 @@ def test_killed_and_frozen_replicas_lose_nothing_and_come_back(
             except WeightsLostError:
                 engine.restore_weights(5)
         assert_bit_equal(collected, of_version(5))
+
+        until(lambda: len(engine._fleet.up()) == 2)  # type: ignore[union-attr]
+        freeze(pid_of(first))
+        engine.update_weights(policy.hf_tensors(), 6)
+        assert "replica 0 did not get the weights of version 6: no answer within 8 s" in events.text
+        seeds = range(COUNT * len(PROMPTS))
+        assert_bit_equal(engine.generate(PROMPTS, LONG, num_rollouts_per_prompt=COUNT, seeds=seeds), of_version(6))
         pids = [pid_of(member) for member in members(engine)]
     assert all(map(gone, pids))
     assert not Path(f"/dev/shm/{engine._sender._shared_name}").exists()  # type: ignore[union-attr]
