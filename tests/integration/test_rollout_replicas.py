@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from helpers.rollout_servers import assert_bit_equal, in_process, policy_of, remote_engine, until
+from helpers.stages import run_stage, written
 from helpers.tiny import IMAGE_TOKEN, make_prompt, tiny_model
 
 import prism_nemo
@@ -276,3 +277,16 @@ def test_the_configuration_of_a_replica_is_the_runs_own(policy: PolicyModel, tmp
         validate(config, world_size=1)
     assert (config.model.path, config.model.precision, config.serve.port) == (str(policy.assets.resolve()), "fp32", 0)
     assert json.dumps(config.rollout.servers.urls) == "[]"
+
+
+def test_rlvr_over_servers_is_rlvr_in_process(tmp_path: Path) -> None:
+    """Every metric and every sample of three steps, to the last digit, where the same prompts are decoded together."""
+    steps = "trainer.max_steps=3"
+    metrics, samples = written(run_stage("rlvr", tmp_path / "in_process", steps))
+    together = ["rollout.servers.prompts_per_request=4", "rollout.servers.weight_bucket_mb=1"]
+    served, samples_served = written(run_stage("rlvr", tmp_path / "served", steps, "rollout.placement=separate", *together))
+    own = {name for row in served for name in row if name.startswith("servers/")}
+    assert own and all(row[name] == 0 for row in served for name in own)
+    assert [{name: value for name, value in row.items() if name not in own} for row in served] == metrics
+    assert samples_served == samples
+    assert (tmp_path / "served" / "servers" / "replica-0.log").exists()
