@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tools/bench/one_step_off.py --demo runs/demo --seeds 0 1 2 --steps 60
 
 `--demo` is a finished `make demo`: its SFT policy and prompts are taken. Every run trains `--steps` steps with one server process
-beside the training process, then is evaluated on the demo's test problems at temperature 1. Prints one JSON object; seconds are means
-over the steps behind the first two.
+beside the training process, then is evaluated on the demo's test problems at temperature 1. Prints one JSON object; seconds are
+means over the steps behind the first two.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(demo: Path, directory: Path, *, staleness: int, seed: int, steps: int, e
     train = [f"model.path={demo / 'sft'}", f"data.train={demo / 'data' / 'prompts.jsonl'}", f"trainer.max_steps={steps}"]
     command("rlvr", directory, *SETTINGS, *train, f"runtime.seed={seed}", f"rollout.max_staleness={staleness}", *extra)
     evaluation = directory.with_name(f"{directory.name}_eval")
-    test = ["model.precision=fp32", f"model.path={directory}", f"data.validation={demo / 'data' / 'test.jsonl'}"]
+    test = ["model.precision=fp32", "rollout.temperature=1.0", f"model.path={directory}", f"data.validation={demo / 'data' / 'test.jsonl'}"]
     command("eval", evaluation, *test)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = rows[WARM_UP:]

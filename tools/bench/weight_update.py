@@ -1,9 +1,9 @@
 """How long a colocated vLLM takes to get new weights, beside a copy of the same bytes.
 
-    OMP_NUM_THREADS=1 .venv/vllm/bin/python tools/bench/weight_update.py [--hidden 1024 --layers 12 --vocabulary 32000] [--experts 8]
+    OMP_NUM_THREADS=1 .venv/vllm/bin/python tools/bench/weight_update.py [--hidden 1024 --layers 12 --experts 8]
 
 One process: a random policy of that shape in Megatron, and a vLLM engine that is given its weights again and again, as every step
-of RLVR does. Prints one JSON object; seconds are medians. `copy` is `Tensor.copy_` of every tensor into one that is there already.
+of RLVR does. Prints one JSON object; seconds are medians. `copy` is `Tensor.copy_` of every tensor into one that exists already.
 """
 
 from __future__ import annotations
