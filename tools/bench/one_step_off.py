@@ -54,7 +54,12 @@ def run(demo: Path, directory: Path, *, staleness: int, seed: int, steps: int, e
     train = [f"model.path={demo / 'sft'}", f"data.train={demo / 'data' / 'prompts.jsonl'}", f"trainer.max_steps={steps}"]
     command("rlvr", directory, *SETTINGS, *train, f"runtime.seed={seed}", f"rollout.max_staleness={staleness}", *extra)
     evaluation = directory.with_name(f"{directory.name}_eval")
-    test = ["model.precision=fp32", "rollout.temperature=1.0", f"model.path={directory}", f"data.validation={demo / 'data' / 'test.jsonl'}"]
+    test = [
+        "model.precision=fp32",
+        "rollout.temperature=1.0",
+        f"model.path={directory}",
+        f"data.validation={demo / 'data' / 'test.jsonl'}",
+    ]
     command("eval", evaluation, *test)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = rows[WARM_UP:]
