@@ -63,7 +63,7 @@ def run(demo: Path, directory: Path, *, staleness: int, seed: int, steps: int, e
     command("eval", evaluation, *test)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = rows[WARM_UP:]
-    found = json.loads((evaluation / "metrics.jsonl").read_text().splitlines()[-1])
+    found = next(row for row in map(json.loads, (evaluation / "metrics.jsonl").open()) if row["prefix"] == "sampled")
     return {
         "seed": seed,
         "accuracy": round(found["accuracy"], 4),

@@ -3,16 +3,19 @@
     OMP_NUM_THREADS=1 python tools/bench/weight_sync.py [--megabytes 400] [--replicas 1] [--precision bf16] [--bucket-mb 256]
                                                         [--moe] [--transport shared|body] [--repeats 5]
 
-A policy with random weights, about as large as asked for, on this process; servers in processes of their own, on the same machine.
-`copy_seconds` is a plain copy of every parameter into memory that exists already; `through_file_seconds` writes the same tensors to a file in memory
-(/dev/shm) and loads it again, which is what a server without weight sync would do. Best and median of the repeats, after one
-update that nothing is measured of (memory is mapped there).
+A policy with random weights, about as large as asked for, in this process; servers in processes of their own, on the same
+machine. `copy_seconds` is a plain copy of every parameter into memory that exists already; `copy_twice` goes
+through memory in between, as anything must that goes from one process to another; `through_file_seconds` writes the same
+tensors to a file in memory (/dev/shm) and loads it again, as a server without weight sync would. Best and median of the repeats,
+after one that nothing is measured of (memory is mapped there). `processor_seconds` of an update, which other work on the machine
+does not stretch: run and servers work at the same time, so that with a free core for each the larger is what it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -32,6 +35,7 @@ from prism_nemo.data.digits_model import write_model_files
 from prism_nemo.engine.runtime import session
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout import buckets
+from prism_nemo.rollout.fleet import LocalMember
 from prism_nemo.rollout.remote import RemoteEngine
 
 _EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
@@ -58,6 +62,12 @@ def write_model(directory: Path, megabytes: int, bytes_per_parameter: int, *, mo
     text["num_hidden_layers"] = max(4, round(left / layer))
     path.write_text(json.dumps(config))
     write_random_weights(directory, seed=0)
+
+
+def processor_seconds(pid: int) -> float:
+    """Of another process, so far."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(work: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -94,6 +104,14 @@ def main() -> None:
             for target, source in zip(copies, parameters, strict=True):
                 target.copy_(source)
 
+        shared = torch.empty(max(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+
+        def copy_twice() -> None:
+            for target, source in zip(copies, parameters, strict=True):
+                between = shared[: source.numel()].view(source.shape)
+                between.copy_(source)
+                target.copy_(between)
+
         def through_file() -> None:
             file = Path("/dev/shm") / f"bench-{runtime.rank}-{id(policy)}.safetensors"
             try:
@@ -106,7 +124,14 @@ def main() -> None:
         engine = RemoteEngine(RolloutConfig(placement=RolloutPlacement.separate, servers=servers), policy, DataConfig())
         try:
             engine.update_weights(policy.hf_tensors(), 0)
+            members = engine._fleet._members.values() if engine._fleet else ()
+            servers_pids = [one._process.process.pid for one in members if isinstance(one, LocalMember)]
+            before = [time.process_time(), *map(processor_seconds, servers_pids)]
             update = timed(lambda: engine.update_weights(policy.hf_tensors(), 1), options.repeats)
+            after = [time.process_time(), *map(processor_seconds, servers_pids)]
+            of_run, *of_servers = [
+                round((end - start) / (options.repeats + 1), 4) for start, end in zip(before, after, strict=True)
+            ]
         finally:
             engine.close()
         plain = timed(copy, options.repeats)
@@ -117,7 +142,9 @@ def main() -> None:
             "bucket_mb": options.bucket_mb,
             "transport": options.transport,
             "update_seconds": update,
+            "processor_seconds": {"run": of_run, "servers": of_servers},
             "copy_seconds": plain,
+            "copy_twice_seconds": timed(copy_twice, options.repeats),
             "through_file_seconds": timed(through_file, options.repeats),
             "update_over_copy": {name: round(update[name] / plain[name], 2) for name in update},
         }
