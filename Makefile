@@ -56,7 +56,7 @@ test: $(INSTALLED) $(if $(VLLM),test-vllm)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm $(PYTEST_ARGS) tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm $(PYTEST_ARGS) tests/unit tests/integration tests/distributed
 
 test-nemo: $(NEMO)/.installed
 	OMP_NUM_THREADS=1 $(NEMO)/bin/python -m pytest $(PYTEST_ARGS) tests/unit/test_nemo_integration.py
