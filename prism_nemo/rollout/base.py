@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 
 if TYPE_CHECKING:
+    from prism_nemo.engine.runtime import Runtime
     from prism_nemo.models.policy import PolicyModel
 
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length", "timeout"]
 """The end token was sampled; `max_new_tokens` were; or time was up, and the tokens are what there was by then."""
 
@@ -93,12 +96,7 @@ class RolloutEngine(Protocol):
     """Every rank of a model calls every method, with the same arguments."""
 
     def start(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> PendingGeneration:
         """`generate`, in the background where the engine runs in other processes; else it is done when this returns.
 
@@ -106,23 +104,18 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def restore_weights(self, version: int) -> None:
-        """Sends the tensors of the last `update_weights` again, as they are by now, as `version`."""
-        ...
-
     def generate(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> list[Rollout]:
         """`num_rollouts_per_prompt` responses to every prompt, those of a prompt together, prompts in order; as many seeds.
 
         A rollout depends on its prompt, its seed and the weights, not on what else is in the call (but for floating-point
         rounding, by which a batch's shape may move a log-probability).
         """
+        ...
+
+    def restore_weights(self, version: int) -> None:
+        """Sends the tensors of the last `update_weights` again, as they are by now, as `version`."""
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -148,6 +141,56 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Ends what the engine started. Safe to call twice."""
         ...
+
+
+class InProcessEngine(ABC):
+    """What the engines have in common that run in the training processes: they generate at once, and never lose their weights."""
+
+    def start(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
+    ) -> Generated:
+        return Generated(self.generate(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds))
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
+    ) -> list[Rollout]: ...
+
+    def restore_weights(self, version: int) -> None:
+        raise AssertionError("weights in this process are not lost")
+
+    def metrics(self) -> MetricSums:
+        """Nothing: there are no servers."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to end)
+        """There is nothing to end."""
+
+
+def shared_rollouts(
+    engine: RolloutEngine, runtime: Runtime, collect: Callable[[], T], version: int, retry: Callable[[], None] = lambda: None
+) -> T:
+    """What `collect()` gives on the leader of a model's ranks, on all of them. A collective over all ranks.
+
+    When it raises WeightsLostError on any leader, the engine gets its weights back, as `version`, and `retry()` is called on the
+    leaders that lost them before they collect again.
+    """
+
+    def attempt() -> T | None:
+        try:
+            return collect()
+        except WeightsLostError:
+            return None
+
+    while True:
+        found = runtime.share_from_leader(attempt)
+        lost = found is None
+        if not runtime.max_over_all(int(lost)):
+            assert found is not None
+            return found
+        engine.restore_weights(version)
+        if lost and runtime.is_leader:
+            retry()
 
 
 def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:

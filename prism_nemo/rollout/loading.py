@@ -94,6 +94,3 @@ class ServedMegatronEngine(MegatronEngine):
         """See `RolloutEngine.update_weights`. Raises RolloutError for other tensors than the model's: it has parts of two."""
         self._loader.load(tensors)
         self._weights_version = version
-
-    def restore_weights(self, version: int) -> None:
-        raise AssertionError("a server is given its weights")

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.engine.attention import RowAttention
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.step import run_stages
@@ -25,7 +24,7 @@ from prism_nemo.models.qwen3_vl.language import gather_rows
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.groups import EncodedPrompt, Group
 from prism_nemo.packing.rows import PackedRow, RowLayout, make_row
-from prism_nemo.rollout.base import Generated, Rollout, RolloutError, SamplingParams
+from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.cache import DecodeCache, PromptCache
 from prism_nemo.rollout.sampling import Sampler, uniforms
 
@@ -53,7 +52,7 @@ class _Sampled:
     stopped: np.ndarray  # bool [B]
 
 
-class MegatronEngine:
+class MegatronEngine(InProcessEngine):
     """`RolloutEngine` over an unwrapped model that this process holds together with the ranks it is cut over.
 
     The model is shared, not copied: an optimizer step is seen at once. Data-parallel ranks each generate for their own prompts;
@@ -85,16 +84,6 @@ class MegatronEngine:
         assert version >= self._weights_version, f"weights went from version {self._weights_version} back to {version}"
         self._weights_version = version
 
-    def restore_weights(self, version: int) -> None:
-        """The weights are never lost."""
-        self._weights_version = version
-
-    def metrics(self) -> MetricSums:
-        return {}
-
-    def close(self) -> None:
-        """There is nothing to end."""
-
     def sleep(self) -> bool:
         """Caches live only within `generate`, so there is nothing to give back."""
         self._asleep = True
@@ -103,25 +92,9 @@ class MegatronEngine:
     def wake_up(self) -> None:
         self._asleep = False
 
-    def start(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
-    ) -> Generated:
-        """All at once: only one thread may use the model."""
-        return Generated(self.generate(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds))
-
     @torch.no_grad()
     def generate(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`. The model is in eval mode meanwhile. Raises RolloutError when logits are not finite."""
         assert not self._asleep, "generate() while asleep"

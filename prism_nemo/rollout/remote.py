@@ -27,7 +27,7 @@ from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, Serve
 from prism_nemo.config.schema import DataConfig, ModelConfig, RuntimeConfig, ServeConfig
 from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutError, SamplingParams, WeightsLostError
+from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutError, SamplingParams, shared_rollouts
 from prism_nemo.rollout.dispatch import Dispatcher, Failure, Replica
 from prism_nemo.rollout.fleet import Fleet, ForeignMember, Launch, LocalMember, Member
 from prism_nemo.rollout.server import token_from_environment
@@ -174,12 +174,7 @@ class RemoteEngine:
     # Rollouts
 
     def start(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> PendingGeneration:
         """See `RolloutEngine.start`: returns at once."""
         assert len(seeds) == len(prompts) * num_rollouts_per_prompt, "one seed per rollout"
@@ -190,27 +185,10 @@ class RemoteEngine:
         return self._dispatcher.start(prompts, sampling, num_rollouts_per_prompt, seeds, per_request)
 
     def generate(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        *,
-        num_rollouts_per_prompt: int,
-        seeds: Sequence[int],
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> list[Rollout]:
         pending = self.start(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds)
-
-        def collected() -> list[Rollout] | None:
-            try:
-                return pending.collect()
-            except WeightsLostError:
-                return None
-
-        while True:
-            rollouts = self._runtime.share_from_leader(collected)
-            if not self._runtime.max_over_all(int(rollouts is None)):
-                assert rollouts is not None
-                return rollouts
-            self.restore_weights(self._version)
+        return shared_rollouts(self, self._runtime, pending.collect, self._version)
 
     def metrics(self) -> MetricSums:
         """What went wrong since the last call, as sums over data-parallel ranks: how often, of each kind. Nothing on other ranks.

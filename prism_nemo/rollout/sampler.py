@@ -22,8 +22,8 @@ from prism_nemo.rollout.base import (
     Rollout,
     RolloutEngine,
     RolloutError,
-    WeightsLostError,
     rollout_seed,
+    shared_rollouts,
 )
 from prism_nemo.rollout.batch import RolloutBatch, sampling_params
 
@@ -116,8 +116,11 @@ class PendingRollouts:
     oldest_version: int  # of the weights that it may have been sampled by
     _result: RolloutBatch | None = field(default=None, init=False, repr=False)
 
+    _graded: Future[_Graded] | None = field(default=None, init=False, repr=False)
+
     def __post_init__(self) -> None:
-        self._graded = self.sampler.in_background(self) if self.sampler.runtime.is_leader else None
+        if self.sampler.runtime.is_leader:
+            self._grade()
 
     def result(self) -> RolloutBatch:
         """The graded rollouts, each time the same. A collective over all ranks.
@@ -129,15 +132,8 @@ class PendingRollouts:
         return self._result
 
     def _settle(self) -> RolloutBatch:
-        while True:
-            graded = self.sampler.runtime.share_from_leader(self._wait)
-            lost = graded is None
-            if not self.sampler.runtime.max_over_all(int(lost)):
-                break
-            self.sampler.engine.restore_weights(self.sampler.weights_version)
-            if lost and self.sampler.runtime.is_leader:
-                self._graded = self.sampler.in_background(self)
-        assert graded is not None
+        sampler = self.sampler
+        graded = shared_rollouts(sampler.engine, sampler.runtime, self._wait, sampler.weights_version, self._grade)
         versions = {rollout.weights_version for rollout in graded.rollouts}
         allowed = range(self.oldest_version, max(self.oldest_version, self.sampler.weights_version) + 1)
         if not versions <= set(allowed):
@@ -149,13 +145,12 @@ class PendingRollouts:
             )
         return RolloutBatch(self.records, self.prompts, graded.rollouts, graded.texts, graded.rewards, graded.grading)
 
-    def _wait(self) -> _Graded | None:
-        """None when the weights are lost."""
+    def _grade(self) -> None:
+        self._graded = self.sampler.in_background(self)
+
+    def _wait(self) -> _Graded:
         assert self._graded is not None, "the leader collects"
-        try:
-            return self._graded.result()
-        except WeightsLostError:
-            return None
+        return self._graded.result()
 
     def collect_and_grade(self) -> _Graded:
         rollouts = self.generation.collect()

@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.enums import Draws
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.convert.qwen3_vl import hf_shapes
 from prism_nemo.engine.runtime import rng_state, set_rng_state
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rollout.base import FinishReason, Generated, Rollout, RolloutError, SamplingParams
+from prism_nemo.rollout.base import FinishReason, InProcessEngine, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.sampling import Sampler, uniforms
 
 # Read as vLLM is imported. One process: the weights are handed over as Python objects.
@@ -98,8 +97,11 @@ class _Request:
     finish_reason: FinishReason | None = None
 
 
-class VLLMEngine:
-    """`RolloutEngine`. The ranks that hold one model deal its prompts to their engines, and then share the rollouts."""
+class VLLMEngine(InProcessEngine):
+    """`RolloutEngine`. The ranks that hold one model deal its prompts to their engines, and then share the rollouts.
+
+    The library's engine lives on until the process ends: to end it would end the process groups, which are the training's.
+    """
 
     def __init__(self, config: RolloutConfig, model: ServedModel) -> None:
         """Starts the engine, without weights. A collective of all ranks. Raises RolloutError when vLLM does not start."""
@@ -152,10 +154,6 @@ class VLLMEngine:
         self._llm.llm_engine.reset_encoder_cache()
         self._weights_version = version
 
-    def restore_weights(self, version: int) -> None:
-        """The weights are never lost while the engine is awake."""
-        self._weights_version = version
-
     def sleep(self) -> bool:
         """Gives the GPU's memory back, weights included: they must be updated before more is generated. Nothing on a CPU."""
         if self._model.device.type == "cpu":
@@ -169,19 +167,7 @@ class VLLMEngine:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
 
-    def metrics(self) -> MetricSums:
-        return {}
-
-    def close(self) -> None:
-        """The engine lives on until the process ends: vLLM would take the process groups with it."""
-
     # Generation
-
-    def start(
-        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
-    ) -> Generated:
-        """All at once: the engine runs in this process."""
-        return Generated(self.generate(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds))
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
