@@ -46,9 +46,9 @@ from prism_nemo.rewards.question import AnswerKind
 from prism_nemo.rollout.batch import prompts_at_once
 from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.run_directory import resolve_model_directory, to_json_line, write_atomically
-from prism_nemo.stages.bad_samples import settle_bad_records
 from prism_nemo.stages.loop import open_experiment
 from prism_nemo.stages.parts import PartFiles
+from prism_nemo.stages.sampled_records import EncodedRecords, sample_records
 from prism_nemo.stages.sampling_run import build_sampler
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
@@ -191,7 +191,7 @@ class _Curation:
         done = self._open_parts("tried", made_of | {"policy": str(policy)})
         todo = self._kept
         if not runtime.broadcast_from_main(set(todo) <= done):
-            self._try(todo, done)
+            self._try(todo)
         self._note_unusable("tried")
         kept = set(self._kept)
         rows = [row for row in self.parts["tried"].in_order() if row["record"] in kept]
@@ -200,42 +200,33 @@ class _Curation:
             write_atomically(Path(config.experiment.dir) / PASS_RATES, pass_rate_lines(self.records, rates))
         return rates
 
-    def _try(self, todo: Sequence[int], done: set[int]) -> None:
-        """Samples the policy's tries at the records that are in no part yet, as many at a time as are decoded together."""
-        config, runtime = self.config, self.runtime
-        tally = self._tally("tried", len(todo))
-        left = [number for number in todo if number not in done]
-        mine = left[runtime.data_parallel_rank :: runtime.data_parallel_size]
-        at_once = prompts_at_once(config.rollout)
-        with closing(build_sampler(config, runtime, self.grader)) as sampler:
-            for step in self.experiment.progress_steps(0, runtime.max_over_data_parallel(-(-len(mine) // at_once)), "try"):
-                rows = self._tried(sampler, mine[step * at_once : (step + 1) * at_once])
-                self.parts["tried"].append(rows)
-                bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
-                settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=self.experiment)
-                self._stop_if_told()
-        runtime.barrier()
+    def _try(self, todo: Sequence[int]) -> None:
+        """Samples the policy's tries at the records that are in no part yet."""
+        with closing(build_sampler(self.config, self.runtime, self.grader)) as sampler:
+            sample_records(
+                todo,
+                self.parts["tried"],
+                lambda numbers: self._tried(sampler, numbers),
+                at_once=prompts_at_once(self.config.rollout),
+                max_bad_share=self.config.data.max_bad_sample_share,
+                experiment=self.experiment,
+                name="try",
+                stop_if_told=self._stop_if_told,
+            )
 
     def _tried(self, sampler: Sampler, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """How many of its tries at each record the policy got right, or why the record cannot be used."""
-        rows: list[dict[str, Any]] = []
-        batch: list[tuple[Record, EncodedPrompt]] = []
-        good: list[dict[str, Any]] = []
-        for number in numbers:
-            record = self.records[number]
-            try:
-                batch.append((record, sampler.encoder.encode_prompt(record)))
-                good.append({"record": number, "solved": 0, "of": 0})
-                rows.append(good[-1])
-            except DataError as error:
-                bad = BadRecord.from_error(record.id, f"record {record.id}", error)
-                rows.append({"record": number, "bad": asdict(bad)})
-        rollouts = sampler.sample(batch, self.config.rollout, step=0)
+
+        def encode(record: Record) -> tuple[EncodedPrompt, dict[str, Any]]:
+            return sampler.encoder.encode_prompt(record), {"solved": 0, "of": 0}
+
+        encoded = EncodedRecords.of(numbers, self.records, encode)
+        rollouts = sampler.sample(encoded.batch, self.config.rollout, step=0)
         for rollout, accuracy in zip(rollouts.rollouts, rollouts.correct, strict=True):
-            row = good[rollout.prompt_index]
+            row = encoded.usable[rollout.prompt_index]
             row["of"] += 1
             row["solved"] += accuracy is not None and accuracy >= 1.0
-        return rows
+        return encoded.rows
 
     # The teacher
 

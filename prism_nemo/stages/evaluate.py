@@ -99,7 +99,7 @@ def _rows(name: str, batch: RolloutBatch, config: EvalConfig, votes: list[list[i
             None if record.caption is None else 0.0 if caption is None else token_f1(caption, record.caption)
             for record, caption in zip(records, captions, strict=True)
         ],
-        "truncated": [rollout.finish_reason == "length" for rollout in batch.rollouts],
+        "truncated": [rollout.finish_reason != "stop" for rollout in batch.rollouts],
         "category": [category_of(record, config.category) for record in records],
     }
     rows: list[list[dict[str, Any]]] = [[] for _ in batch.records]

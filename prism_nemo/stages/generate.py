@@ -19,16 +19,16 @@ from prism_nemo.config.schema import GenerateConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.curate.comparing import contents_digest
 from prism_nemo.curate.pass_rates import PassRate, pass_rate_lines
-from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.open import open_file
 from prism_nemo.data.records import Record
 from prism_nemo.errors import DataError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rollout.batch import RolloutBatch, prompts_at_once
+from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.run_directory import write_atomically
-from prism_nemo.stages.bad_samples import settle_bad_records
 from prism_nemo.stages.parts import PartFiles
+from prism_nemo.stages.sampled_records import EncodedRecords, sample_records
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
 
 RESULT = "responses.jsonl"
@@ -54,61 +54,34 @@ def run(config: GenerateConfig) -> None:
             raise DataError("the data holds no usable record", where=config.data.train)
         made_of = {"set of records": contents_digest(records), "policy": str(opened.policy_directory)}
         parts = PartFiles(Path(config.experiment.dir) / PARTS, made_of, opened.runtime)
-        _sample(records, config, opened, parts)
-        opened.runtime.barrier()
+        sample_records(
+            range(len(records)),
+            parts,
+            lambda numbers: _rows(numbers, records, config, opened.sampler),
+            at_once=prompts_at_once(config.rollout),
+            max_bad_share=config.data.max_bad_sample_share,
+            experiment=opened.experiment,
+            name="generate",
+            stop_if_told=opened.stop_if_told,
+        )
         if opened.runtime.is_main:
             _write(records, parts, config, opened)
         parts.remove()
 
 
-def _sample(records: Sequence[Record], config: GenerateConfig, opened: SamplingRun, parts: PartFiles) -> None:
-    """Does the records that are in no part yet, as many at a time as are decoded together.
-
-    A batch of which a killed process wrote only some is sampled whole again: the others' log-probabilities are then those of an
-    unbroken run to the last digit.
-    """
-    runtime, experiment = opened.runtime, opened.experiment
-    tally = BadTally(max_share=config.data.max_bad_sample_share, num_records=len(records))
-    done = set()
-    for row in parts.in_order():
-        done.add(row["record"])
-        tally.tried += 1
-        tally.failed += "bad" in row
-    runtime.barrier()  # all have read before any writes
-    mine = range(len(records))[runtime.data_parallel_rank :: runtime.data_parallel_size]
-    at_once = prompts_at_once(config.rollout)
-    batches = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
-    left = [batch for batch in batches if not done.issuperset(batch)]
-    bar = experiment.progress_steps(0, runtime.max_over_data_parallel(len(left)), "generate")
-    for step in bar:
-        sampled = _rows(left[step] if step < len(left) else (), records, config, opened)
-        rows = [row for row in sampled if row["record"] not in done]
-        parts.append(rows)
-        bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
-        settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=experiment)
-        bar.update(prompts=tally.tried)
-        opened.stop_if_told()
-
-
-def _rows(numbers: Sequence[int], records: Sequence[Record], config: GenerateConfig, opened: SamplingRun) -> list[dict[str, Any]]:
+def _rows(numbers: Sequence[int], records: Sequence[Record], config: GenerateConfig, sampler: Sampler) -> list[dict[str, Any]]:
     """The responses to each record, or why it cannot be used."""
-    rows: list[dict[str, Any]] = []
-    good: list[dict[str, Any]] = []
-    batch: list[tuple[Record, EncodedPrompt]] = []
-    for number in numbers:
-        record = records[number]
-        try:
-            if config.generate.grade and record.answer is not None:
-                check_answer(record)
-            batch.append((record, opened.sampler.encoder.encode_prompt(record)))
-            rows.append({"record": number, "responses": []})
-            good.append(rows[-1])
-        except DataError as error:
-            rows.append({"record": number, "bad": asdict(BadRecord.from_error(record.id, f"record {record.id}", error))})
-    rollouts = opened.sampler.sample(batch, config.rollout, step=0)
+
+    def encode(record: Record) -> tuple[EncodedPrompt, dict[str, Any]]:
+        if config.generate.grade and record.answer is not None:
+            check_answer(record)
+        return sampler.encoder.encode_prompt(record), {"responses": []}
+
+    encoded = EncodedRecords.of(numbers, records, encode)
+    rollouts = sampler.sample(encoded.batch, config.rollout, step=0)
     for index, rollout in enumerate(rollouts.rollouts):
-        good[rollout.prompt_index]["responses"].append(_response(rollouts, index, config.generate))
-    return rows
+        encoded.usable[rollout.prompt_index]["responses"].append(_response(rollouts, index, config.generate))
+    return encoded.rows
 
 
 def _response(rollouts: RolloutBatch, index: int, settings: GenerateSettings) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from typing import Any
 from prism_nemo.config.schema import PairsConfig
 from prism_nemo.config.validate import validate
 from prism_nemo.curate.pictures import Pictures
-from prism_nemo.data.bad_records import BadRecord, BadTally
 from prism_nemo.data.open import open_file
 from prism_nemo.data.record_files import fingerprint
 from prism_nemo.data.records import Record
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.batch import prompts_at_once
-from prism_nemo.stages.bad_samples import settle_bad_records
+from prism_nemo.rollout.sampler import Sampler
 from prism_nemo.stages.parts import PartFiles
+from prism_nemo.stages.sampled_records import EncodedRecords, sample_records
 from prism_nemo.stages.sampling_run import SamplingRun, open_sampling_run
 
 RESULT = "pairs.jsonl"
@@ -47,57 +47,41 @@ def run(config: PairsConfig) -> None:
         made_of = {"list of records": fingerprint(records), "policy": str(opened.policy_directory)}
         parts = PartFiles(Path(config.experiment.dir) / PARTS, made_of, opened.runtime)
         pictures = Pictures(records, Path(config.experiment.dir))
-        _sample(records, pictures, config, opened, parts)
-        opened.runtime.barrier()
+        sample_records(
+            range(len(records)),
+            parts,
+            lambda numbers: _rows(numbers, records, pictures, config, opened.sampler),
+            at_once=prompts_at_once(config.rollout),
+            max_bad_share=config.data.max_bad_sample_share,
+            experiment=opened.experiment,
+            name="pairs",
+            stop_if_told=opened.stop_if_told,
+        )
         _finish(pictures, config, opened, parts)
 
 
-def _sample(records: Sequence[Record], pictures: Pictures, config: PairsConfig, opened: SamplingRun, parts: PartFiles) -> None:
-    """Does the records that are in no part yet, as many at a time as are decoded together."""
-    runtime = opened.runtime
-    tally = BadTally(max_share=config.data.max_bad_sample_share, num_records=len(records))
-    done = set()
-    for row in parts.in_order():
-        done.add(row["record"])
-        tally.tried += 1
-        tally.failed += "bad" in row
-    runtime.barrier()  # all have read before any writes
-    mine = [
-        number for number in range(runtime.data_parallel_rank, len(records), runtime.data_parallel_size) if number not in done
-    ]
-    at_once = prompts_at_once(config.rollout)
-    for start in range(0, runtime.max_over_data_parallel(-(-len(mine) // at_once)) * at_once, at_once):
-        rows = _rows({number: records[number] for number in mine[start : start + at_once]}, pictures, config, opened)
-        parts.append(rows)
-        bad = [BadRecord(**row["bad"]) for row in rows if "bad" in row]
-        settle_bad_records(tally, tried=len(rows), failed=len(bad), new=bad, runtime=runtime, experiment=opened.experiment)
-        opened.stop_if_told()
+def _rows(
+    numbers: Sequence[int], records: Sequence[Record], pictures: Pictures, config: PairsConfig, sampler: Sampler
+) -> list[dict[str, Any]]:
+    """What each record gives: its pairs and how many rollouts made none, or why it cannot be used."""
+    shared: list[dict[str, Any]] = []  # of the usable records
 
+    def encode(record: Record) -> tuple[EncodedPrompt, dict[str, Any]]:
+        prompt = sampler.encoder.encode_prompt(record)
+        shared.append(_shared_fields(record, pictures))
+        return prompt, {"pairs": [], "invalid": 0}
 
-def _rows(records: dict[int, Record], pictures: Pictures, config: PairsConfig, opened: SamplingRun) -> list[dict[str, Any]]:
-    """What each record, by its number, gives: its pairs and how many rollouts made none, or why it cannot be used."""
-    rows: dict[int, dict[str, Any]] = {}
-    batch: list[tuple[Record, EncodedPrompt]] = []
-    for number, record in records.items():
-        try:
-            prompt = opened.sampler.encoder.encode_prompt(record)
-            shared = _shared_fields(record, pictures)
-            batch.append((record, prompt))
-            rows[number] = {"record": number, "shared": shared, "pairs": [], "invalid": 0}
-        except DataError as error:
-            rows[number] = {"record": number, "bad": asdict(BadRecord.from_error(record.id, f"record {record.id}", error))}
-    rollouts = opened.sampler.sample(batch, config.rollout, step=0)
-    good = [row for row in rows.values() if "bad" not in row]
+    encoded = EncodedRecords.of(numbers, records, encode)
+    rollouts = sampler.sample(encoded.batch, config.rollout, step=0)
     for index, (text, parsed) in enumerate(zip(rollouts.texts, rollouts.parsed, strict=True)):
-        row = good[rollouts.rollouts[index].prompt_index]
+        number = rollouts.rollouts[index].prompt_index
+        row, fields = encoded.usable[number], shared[number]
         if parsed is None:
             row["invalid"] += 1
             continue
-        name = f"{row['shared']['id']}/{index % config.rollout.num_rollouts_per_prompt}"
-        row["pairs"].append({**row["shared"], "id": name, "student_response": text})
-    for row in good:
-        del row["shared"]
-    return list(rows.values())
+        name = f"{fields['id']}/{index % config.rollout.num_rollouts_per_prompt}"
+        row["pairs"].append({**fields, "id": name, "student_response": text})
+    return encoded.rows
 
 
 def _shared_fields(record: Record, pictures: Pictures) -> dict[str, Any]:
