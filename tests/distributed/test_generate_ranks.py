@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.ranks import run_ranks
-from helpers.stages import run_stage, settings, tiny_task, written
-
-from prism_nemo.config.compose import load_config
-from prism_nemo.config.enums import Device
-from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
-from prism_nemo.engine.runtime import session
-from prism_nemo.stages import generate
-from prism_nemo.stages.parts import PartFiles
+from helpers.stages import run_stage, tiny_task, written
+from helpers.stopped_runs import run_on_two_ranks
 
 GIVEN = ("rollout.num_rollouts_per_prompt=4", "rollout.max_batch_size=16", "generate.token_ids=true", "limit_samples=21")
-TP = ("parallel.tensor_model_parallel_size=2",)
 FILES = ("responses.jsonl", "pass_rates.jsonl", "bad_samples.jsonl")
-
-
-def stop_behind(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = PartFiles.append
-    count = []
-
-    def append_and_signal(self: PartFiles, rows: Any) -> None:
-        append(self, rows)
-        count.append(len(rows))
-        if len(count) == batch:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(PartFiles, "append", append_and_signal)
-
-
-def on_two_ranks(jobs: list[tuple[str, list[str]]]) -> list[str]:
-    """How each ended. A job called "stopped" is told to stop behind its second batch, on one rank alone."""
-    ends = []
-    with session(ParallelConfig(), RuntimeConfig(device=Device.cpu)) as runtime:
-        for name, values in jobs:
-            with pytest.MonkeyPatch.context() as patch:
-                if name == "stopped" and runtime.rank == 1:
-                    stop_behind(2, patch)
-                try:
-                    config: Any = load_config("generate", values)
-                    generate.run(config)
-                    ends.append("finished")
-                except SystemExit as error:
-                    ends.append(f"status {error.code}")
-    return ends
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +35,8 @@ def alone(folder: Path, given: tuple[str, ...]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path, alone: Path, given: tuple[str, ...]) -> list[list[str]]:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_behind(2, patch)
-        with pytest.raises(SystemExit):
-            run_stage("generate", folder / "begun_on_one", *given)
-    jobs = [
-        ("two", settings("generate", folder / "two", *given)),
-        ("tp", settings("generate", folder / "tp", *given, *TP)),
-        ("begun_on_one", settings("generate", folder / "begun_on_one", *given)),
-        ("stopped", settings("generate", folder / "begun_on_two", *given)),
-    ]
-    return run_ranks(on_two_ranks, 2, jobs)
+def launched(folder: Path, alone: Path, given: tuple[str, ...]) -> list[dict[str, str]]:
+    return run_on_two_ranks("generate", folder, *given, stopped_behind=2)
 
 
 def assert_same_responses(run: Path, alone: Path) -> None:
@@ -99,13 +48,15 @@ def assert_same_responses(run: Path, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["two", "begun_on_one", "tp"])
-def test_two_ranks_write_what_one_does(name: str, launched: list[list[str]], folder: Path, alone: Path) -> None:
-    assert launched[0][:3] == launched[1][:3] == ["finished"] * 3
+def test_two_ranks_write_what_one_does(name: str, launched: list[dict[str, str]], folder: Path, alone: Path) -> None:
+    assert [ends[name] for ends in launched] == ["finished", "finished"]
     assert_same_responses(folder / name, alone)
 
 
-def test_what_two_ranks_began_one_finishes(launched: list[list[str]], folder: Path, alone: Path, given: tuple[str, ...]) -> None:
-    assert [ends[3] for ends in launched] == ["status 75", "status 75"]
+def test_what_two_ranks_began_one_finishes(
+    launched: list[dict[str, str]], folder: Path, alone: Path, given: tuple[str, ...]
+) -> None:
+    assert [ends["begun_on_two"] for ends in launched] == ["status 75", "status 75"]
     run = folder / "begun_on_two"
     assert len(list((run / "parts").glob("rank_*.jsonl"))) == 2
     run_stage("generate", run, *given)

@@ -147,9 +147,12 @@ def stage_config(stage: str, directory: Path, *overrides: str) -> Any:
 def run_stage(stage: str, directory: Path, *overrides: str) -> Path:
     """Runs a stage as its command would; returns the run directory. SystemExit when it was told to stop."""
     runtime_of_this_process()
-    config: Config = stage_config(stage, directory, *overrides)
-    importlib.import_module(f"prism_nemo.stages.{MODULES.get(stage, stage)}").run(config)
+    run_configured(stage, stage_config(stage, directory, *overrides))
     return directory
+
+
+def run_configured(stage: str, config: Config) -> None:
+    importlib.import_module(f"prism_nemo.stages.{MODULES.get(stage, stage)}").run(config)
 
 
 def runtime_of_this_process() -> Runtime:

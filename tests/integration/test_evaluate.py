@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.stages import HELD_OUT, run_stage, tiny_task, written
+from helpers.stopped_runs import signal_behind_batch
 
 import prism_nemo
 from prism_nemo.errors import ConfigError, PrismError
@@ -70,26 +70,13 @@ def test_an_unknown_reward_is_found_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def stop_behind_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    append = PartFiles.append
-    count = []
-
-    def append_and_signal(self: PartFiles, rows: Any) -> None:
-        append(self, rows)
-        count.append(len(rows))
-        if len(count) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(PartFiles, "append", append_and_signal)
-
-
 @pytest.mark.parametrize("batch", [2, 7])
 def test_a_stopped_evaluation_goes_on(batch: int, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the second of six sampled batches, and the first of two greedy ones; a line of the next one was being written."""
     handler = signal.getsignal(signal.SIGTERM)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_behind_batch(patch, batch)
+        signal_behind_batch(patch, batch)
         with pytest.raises(SystemExit) as caught:
             run_stage("eval", run, *SEVERAL, "rollout.max_batch_size=8")
     assert caught.value.code == 75
@@ -147,7 +134,7 @@ def test_a_stopped_evaluation_does_not_go_on_with_other_truths(tmp_path: Path, m
     file, run = tmp_path / "data" / "test.jsonl", tmp_path / "run"
     given = (SMALL_BATCHES, f"data.validation={file}")
     with monkeypatch.context() as patch:
-        stop_behind_batch(patch, 1)
+        signal_behind_batch(patch, 1)
         with pytest.raises(SystemExit):
             run_stage("eval", run, *given)
     lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ import pytest
 from helpers.rows import one_rank
 from helpers.served import served
 from helpers.stages import run_stage, settings, stage_config, tiny_task, trained_policy, written
+from helpers.stopped_runs import signal_behind_batch
 
 import prism_nemo
 from prism_nemo import cli
@@ -225,19 +225,6 @@ def test_vllm_with_shared_draws_writes_what_the_megatron_engine_does(tmp_path: P
 
 
 # Stopped runs
-
-
-def signal_behind_batch(monkeypatch: pytest.MonkeyPatch, number: int, sent: signal.Signals) -> None:
-    append = PartFiles.append
-    count = []
-
-    def append_and_signal(self: PartFiles, rows: Any) -> None:
-        append(self, rows)
-        count.append(len(rows))
-        if len(count) == number:
-            os.kill(os.getpid(), sent)
-
-    monkeypatch.setattr(PartFiles, "append", append_and_signal)
 
 
 @pytest.mark.parametrize(("sent", "kept"), [(signal.SIGTERM, 12), (signal.SIGUSR1, 9)])

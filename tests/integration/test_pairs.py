@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.stages import run_stage, tiny_task, trained_discriminator, trained_policy, written
+from helpers.stopped_runs import signal_behind_batch
 
 import prism_nemo
 from prism_nemo.data.readers import read_records
@@ -45,19 +44,6 @@ def pairs(run: Path) -> list[dict[str, Any]]:
 
 def status(run: Path) -> str:
     return json.loads((run / "status.json").read_text())["state"]
-
-
-def signal_behind_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    append = PartFiles.append
-    count = []
-
-    def append_and_signal(self: PartFiles, rows: Any) -> None:
-        append(self, rows)
-        count.append(len(rows))
-        if len(count) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(PartFiles, "append", append_and_signal)
 
 
 def test_what_a_run_writes(whole: Path) -> None:
