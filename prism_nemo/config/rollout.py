@@ -93,7 +93,7 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
         )
     if rollout.max_staleness > 0 and not ahead:
         raise ConfigError(
-            "only RLVR can train on rollouts of the weights before",
+            "only alignment and RLVR can train on rollouts of the weights before",
             where="rollout.max_staleness",
             remedy="set rollout.max_staleness=0",
         )

@@ -132,7 +132,7 @@ def _check_settings(config: StageConfig, world_size: int | None) -> None:
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | CurateConfig):
         _check_sampling(config.rollout)
     if isinstance(config, AlignConfig | RLVRConfig | PairsConfig | EvalConfig | CurateConfig | GenerateConfig):
-        check_rollout(config.rollout, world_size, ahead=isinstance(config, RLVRConfig))
+        check_rollout(config.rollout, world_size, ahead=isinstance(config, AlignConfig | RLVRConfig))
     if isinstance(config, EvalConfig | GenerateConfig):
         _check_greedy(config.rollout)
     if isinstance(config, EvalConfig):

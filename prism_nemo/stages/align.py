@@ -11,6 +11,7 @@ and with one optimizer step per batch the old log-probabilities are the new ones
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,11 @@ from prism_nemo.models.discriminator import DiscriminatorModel
 from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt, Segment, without_images
 from prism_nemo.rewards.grader import Grader, check_answer
+from prism_nemo.rollout.ahead import unpacked
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
-from prism_nemo.rollout.sampler import Sampler
+from prism_nemo.rollout.sampler import PendingRollouts, Sampler
+from prism_nemo.stages.ahead import BegunSteps, Saved
 from prism_nemo.stages.comparisons import TEACHER, Comparison, ComparisonBatch
 from prism_nemo.stages.crossing import Crossing, Scores
 from prism_nemo.stages.loop import StageLoop
@@ -52,6 +55,15 @@ class AlignPrompt:
 
     prompt: EncodedPrompt
     teacher: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AlignBatch:
+    """A step's prompts, which stood at `positions` of the global batch, and their rollouts on the way."""
+
+    prompts: list[tuple[Record, AlignPrompt]]
+    positions: Sequence[int]
+    first: PendingRollouts
 
 
 class AlignTrainer:
@@ -75,6 +87,7 @@ class AlignTrainer:
         self.policy_update = PolicyUpdate(self.policy, config)
         verified = config.algorithm.reward is not AlignReward.discriminator
         self.stream = open_stream(config, self.encode, required=("response", "answer") if verified else ("response",))
+        self.begun = BegunSteps(config, loop, self.policy, self.sampler, self.stream, self.begin)
         self.probe = ContentProbe(self.discriminator, self.encoder, config, own_runtime)
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
@@ -92,17 +105,14 @@ class AlignTrainer:
         self.discriminator.prepare_for_training()
         self.check_content_probe()
         for step in self.loop.steps(self):
-            batch = self.loop.next_batch(self.stream)
-            prompts = [(record, encoded.prompt) for record, encoded in batch]
-
             with self.loop.timed("rollout"):
-                self.sampler.update_weights(self.policy.hf_tensors(), version=step)
-                rollouts = self.sampler.sample(prompts, self.config.rollout, step=step)
-                self.sampler.sleep()
+                batch = self.begun.take(step)
+                rollouts = batch.first.result()
+                self.begun.go_on(step)
             with self.loop.timed("discriminator"):
-                scores, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch])
+                scores, game_metrics = self.play(rollouts, [encoded.teacher for _, encoded in batch.prompts])
             with self.loop.timed("policy"):
-                metrics = self.update(step, rollouts, scores)
+                metrics = self.update(step, rollouts, scores, batch.positions)
 
             self.loop.end_step(
                 {**metrics, **game_metrics},
@@ -110,6 +120,14 @@ class AlignTrainer:
             )
         self.policy.finish_training()
         self.discriminator.finish_training()
+
+    def begin(self, step: int, saved: Saved | None) -> AlignBatch:
+        """Draws the prompts of step `step` and starts to sample; `saved` are sampled already."""
+        prompts = self.loop.next_batch(self.stream)
+        positions = self.stream.positions
+        given = None if saved is None else unpacked(saved, positions)
+        batch = [(record, encoded.prompt) for record, encoded in prompts]
+        return AlignBatch(prompts, positions, self.sampler.begin(batch, self.config.rollout, step=step, given=given))
 
     def play(self, rollouts: RolloutBatch, teachers: list[tuple[Segment, ...]]) -> tuple[Scores, dict[str, float]]:
         """One pass of the discriminator: the scores of every segment and, unless it is frozen, its gradient."""
@@ -177,14 +195,14 @@ class AlignTrainer:
             format_penalty=algorithm.format_penalty,
         )
 
-    def update(self, step: int, rollouts: RolloutBatch, scores: Scores) -> dict[str, float]:
+    def update(self, step: int, rollouts: RolloutBatch, scores: Scores, positions: Sequence[int]) -> dict[str, float]:
         """The policy's gradient from the scores, then both optimizer steps; none when a score is not finite."""
         ids = [record.id for record in rollouts.records]
         if not self.scores_are_finite(scores):
             self.loop.guard(False, "a score", ids)
             return {}
         advantages = self.advantages(rollouts, scores)
-        update = self.policy_update.run(step, rollouts, advantages, self.stream.positions)
+        update = self.policy_update.run(step, rollouts, advantages, positions)
         applied, result = update.applied, update.metrics
         if not self.config.algorithm.discriminator_steps_frozen:
             self.discriminator.finish_training_step()
@@ -193,6 +211,7 @@ class AlignTrainer:
             result["discriminator/grad_norm"] = discriminator_step.grad_norm
         self.loop.guard(applied, "a gradient", ids)
         sums = {**rollouts.metrics(), "advantage_magnitude": mean_of(advantages.abs())}
+        sums |= {**rollouts.staleness(step), **self.sampler.metrics()}
         return {**result, **reduce_metrics(sums, self.runtime)}
 
     def scores_are_finite(self, scores: Scores) -> bool:
@@ -233,14 +252,14 @@ class AlignTrainer:
     def run_validation(self) -> dict[str, float]:
         """The content probe, and the policy's accuracy on held-out prompts where the answers are known."""
         metrics = {f"discriminator/{name}": value for name, value in self.probe.run().items()}
-        self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
+        self.begun.update_weights()
         return {**metrics, **self.held_out.accuracy(self.config.rollout)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        return self.begun.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
+        self.begun.load_state_dict(state)
 
 
 def run(config: AlignConfig) -> None:

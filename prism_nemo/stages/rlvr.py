@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,21 +29,13 @@ from prism_nemo.models.policy import OutputDistribution, PolicyModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rewards.grader import Grader, check_answer
 from prism_nemo.rewards.overlong import overlong_penalty
-from prism_nemo.rollout.ahead import packed
 from prism_nemo.rollout.base import build_engine
 from prism_nemo.rollout.batch import RolloutBatch
 from prism_nemo.rollout.groups import Filling, GroupSampler, NoSignalError, Sampled
 from prism_nemo.rollout.sampler import Prompts, Sampler
+from prism_nemo.stages.ahead import BegunSteps, Saved
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.policy_update import PolicyUpdate
-
-
-@dataclass(frozen=True, eq=False)
-class Begun:
-    """Groups that are being sampled, and where the stream of prompts was before them."""
-
-    filling: Filling
-    stream_before: dict[str, Any]
 
 
 class RLVRTrainer:
@@ -62,10 +53,9 @@ class RLVRTrainer:
         engine = build_engine(config.rollout, self.policy, config.data, loop.directory)
         self.sampler = Sampler(engine, self.encoder, grader, runtime, config.runtime.seed)
         self.groups = GroupSampler(self.sampler, config)
-        self.begun: Begun | None = None  # for the step to come
-        self.saved: list[dict[str, Any]] | None = None  # its rollouts, where a checkpoint has them
         self.policy_update = PolicyUpdate(self.policy, config)
         self.stream = open_stream(config, self.encode, required=("answer",), batch_size=self.groups.generation_batch_size)
+        self.begun = BegunSteps(config, loop, self.policy, self.sampler, self.stream, self.begin)
         self.held_out = HeldOutPrompts(self.sampler, config.data, limit=config.trainer.limit_val_samples)
 
     def encode(self, record: Record) -> EncodedPrompt:
@@ -99,32 +89,22 @@ class RLVRTrainer:
 
         What was trained so far is saved when no prompt teaches anything any more.
         """
-        begun = self.begun or self.begin(step, self.saved)
-        self.saved = None
+        filling = self.begun.take(step)
         try:
-            sampled = self.groups.finish(begun.filling, self.draw, step=step)
+            sampled = self.groups.finish(filling, self.draw, step=step)
         except NoSignalError:
-            self.begun = None
-            self.stream.load_state_dict(begun.stream_before)
+            self.begun.give_back()
             self.loop.save(self, step)
             raise
-        ahead = self.config.rollout.max_staleness > 0 and step + 1 < self.config.trainer.max_steps
-        self.begun = self.begin(step + 1) if ahead else None
-        self.sampler.sleep()
+        self.begun.go_on(step)
         return sampled
 
-    def begin(self, step: int, saved: Sequence[dict[str, Any]] | None = None) -> Begun:
-        """Starts to sample the groups of step `step`, by the weights of now; `saved` are sampled already.
+    def begin(self, step: int, saved: Saved | None) -> Filling:
+        """Starts to sample the groups of step `step`; `saved` are sampled already.
 
         (What dynamic sampling draws beside those comes from the weights of now, not from those before, which are gone.)
         """
-        before = self.stream.state_dict()
-        self.update_weights()
-        return Begun(self.groups.begin(self.draw, step=step, saved=saved), before)
-
-    def update_weights(self) -> None:
-        """The engine samples by the policy as it is now, which the number of finished steps names."""
-        self.sampler.update_weights(self.policy.hf_tensors(), version=self.loop.done)
+        return self.groups.begin(self.draw, step=step, saved=saved)
 
     def draw(self) -> tuple[Prompts, Sequence[int]]:
         """This rank's prompts of the next generation batch, and where they stood in it."""
@@ -145,21 +125,14 @@ class RLVRTrainer:
 
     def run_validation(self) -> dict[str, float]:
         """Accuracy on held-out prompts, by the weights of now; nothing without a validation file."""
-        if self.begun is not None:  # by the weights of before
-            self.begun.filling.first.result()
-        self.update_weights()
+        self.begun.update_weights()
         return self.held_out.accuracy(self.config.rollout)
 
     def state_dict(self) -> dict[str, Any]:
-        """With the rollouts that were begun for the next step: the weights that they come from are gone after it."""
-        if self.begun is None:
-            return {"stream": self.stream.state_dict()}
-        filling = self.begun.filling
-        return {"stream": self.begun.stream_before, "begun": packed(filling.first, filling.positions, self.runtime)}
+        return self.begun.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
-        self.saved = state.get("begun")
+        self.begun.load_state_dict(state)
 
 
 def run(config: RLVRConfig) -> None:

@@ -26,7 +26,12 @@ def wide_policy() -> Path:
 
 
 def rlvr(directory: Path, *overrides: str) -> list[dict[str, Any]]:
-    run_stage("rlvr", directory, f"model.path={wide_policy()}", "runtime.seed=1", *overrides)
+    return run("rlvr", directory, "runtime.seed=1", *overrides)
+
+
+def run(stage: str, directory: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Its metrics, without times and what became of servers."""
+    run_stage(stage, directory, f"model.path={wide_policy()}", *overrides)
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "servers/"))} for row in read_metrics(directory)]
 
 
@@ -57,10 +62,7 @@ def test_and_on_servers_of_vllm(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_alignment_on_vllm(tmp_path: Path) -> None:
-    runs = []
-    for name, overrides in (("megatron", ()), ("vllm", VLLM)):
-        run_stage("align", tmp_path / name, f"model.path={wide_policy()}", "trainer.max_steps=3", *overrides)
-        runs.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(tmp_path / name)])
+    runs = [run("align", tmp_path / name, "trainer.max_steps=3", *values) for name, values in (("megatron", ()), ("vllm", VLLM))]
     same_but_for_the_sampler(*runs)
 
 
@@ -68,25 +70,33 @@ def test_servers_give_the_run_that_training_processes_give(tmp_path: Path) -> No
     same_but_for_the_sampler(rlvr(tmp_path / "separate", *SEPARATE), rlvr(tmp_path / "colocated"))
 
 
-def test_one_step_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "first"), [("align", "discriminator/loss"), ("rlvr", "reward")])
+def test_one_step_off(stage: str, first: str, tmp_path: Path) -> None:
     """The first step is the synchronous one; the others train on rollouts of the weights before, weighted for that."""
-    ahead, sync = rlvr(tmp_path / "ahead", *AHEAD), rlvr(tmp_path / "sync", *SEPARATE)
+    ahead, sync = (
+        [row for row in run(stage, tmp_path / name, *values) if row["prefix"] == "train"]
+        for name, values in (("ahead", AHEAD), ("sync", SEPARATE))
+    )
+    assert len(ahead) == len(sync) > 2
     assert [row["staleness"] for row in ahead] == [0.0, *[1.0] * (len(ahead) - 1)]
     assert all(row["staleness"] == 0.0 for row in sync)
-    assert ahead[0]["reward"] == sync[0]["reward"]
+    assert ahead[0][first] == sync[0][first]
     assert sync[1]["mismatch/abs_log_ratio"] < 1e-5 < ahead[1]["mismatch/abs_log_ratio"]
 
 
-def test_one_step_off_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["align", "rlvr"])
+def test_one_step_off_goes_on_exactly_where_it_stopped(stage: str, tmp_path: Path) -> None:
     """What was begun for the next step before the stop is trained on after it, and nothing is sampled twice."""
     overrides = (*AHEAD, "optimizer.lr_decay_style=constant", "trainer.max_steps=4", "trainer.save_interval=2")
-    whole, stopped = (rlvr(tmp_path / name, *overrides) for name in ("whole", "stopped"))
+    if stage == "align":
+        overrides += ("discriminator_optimizer.lr_decay_style=constant",)
+    whole, stopped = (run(stage, tmp_path / name, *overrides) for name in ("whole", "stopped"))
     assert stopped == whole
     checkpoints = tmp_path / "stopped" / "checkpoints"
     (checkpoints / "latest").write_text("step_00000002")
     saved = json.loads((checkpoints / "step_00000002" / "trainer.json").read_text())
     assert len(saved["trainer"]["begun"]) == 16
-    assert rlvr(tmp_path / "stopped", *overrides) == whole
+    assert run(stage, tmp_path / "stopped", *overrides) == whole
 
 
 def test_one_step_off_with_groups_that_are_replaced(tmp_path: Path) -> None:
