@@ -27,6 +27,7 @@ from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import (
     MODEL_TYPES,
     Config,
+    ExpertLayout,
     ParameterMapping,
     check_expert_layouts_differ,
     hub_config,
@@ -164,16 +165,17 @@ def export_tensors(
     config: Config,
     get_full: Callable[[str], Tensor],
     *,
+    layout: ExpertLayout = ExpertLayout.hub,
     padded_vocab_size: int | None = None,
     score_head: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (HuggingFace name, tensor) in the Hub's layout, at most one layer's experts in memory at a time.
+    """Yield (HuggingFace name, tensor), at most one layer's experts in memory at a time.
 
     `get_full(name)` returns the full tensor of a canonical Megatron name. It is called once for each, always in the same order,
     so that it may gather over ranks. Raises CheckpointError for experts that transformers 5 would misread.
     """
     check_expert_layouts_differ(config)
-    for mapping in mappings(config, padded_vocab_size=padded_vocab_size, score_head=score_head):
+    for mapping in mappings(config, layout=layout, padded_vocab_size=padded_vocab_size, score_head=score_head):
         if mapping.fused:
             yield mapping.hf_names[0], _fuse(mapping, get_full)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prism_nemo.convert.hf import HFReader, export_tensors, import_tensors
 from prism_nemo.convert.ops import Sharding
-from prism_nemo.convert.qwen3_vl import canonical_name, mappings
+from prism_nemo.convert.qwen3_vl import ExpertLayout, canonical_name, mappings
 from prism_nemo.engine.checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.runtime import on_wire
@@ -92,10 +92,12 @@ def load_hf_weights(model: Chunks, directory: Path, config: Mapping[str, Any], *
         )
 
 
-def export_hf_tensors(model: Chunks, config: Mapping[str, Any], *, score_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+def export_hf_tensors(
+    model: Chunks, config: Mapping[str, Any], *, layout: ExpertLayout = ExpertLayout.hub, score_head: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """(HuggingFace name, full tensor) of every parameter, gathered over the ranks that share a model; every rank must iterate."""
     gather = _Gather(model, config, score_head=score_head)
-    return export_tensors(config, gather, score_head=score_head)
+    return export_tensors(config, gather, layout=layout, score_head=score_head)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +106,14 @@ class HFTensors:
 
     model: Chunks
     config: Mapping[str, Any]
+    layout: ExpertLayout = ExpertLayout.hub
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf_tensors(self.model, self.config)
+        return export_hf_tensors(self.model, self.config, layout=self.layout)
+
+    def with_separate_experts(self) -> HFTensors:
+        """The same with a tensor for each matrix of each expert: views, where the Hub's fused layout is a transposed copy."""
+        return replace(self, layout=ExpertLayout.separate)
 
 
 class _Gather:

@@ -18,6 +18,7 @@ import vllm.v1.engine.core
 from prism_nemo.config.enums import Draws
 from prism_nemo.config.rollout import RolloutConfig
 from prism_nemo.engine.runtime import rng_state, set_rng_state
+from prism_nemo.rollout.vllm.experts import keep_experts_unpacked
 from prism_nemo.rollout.vllm.worker import SharedDraws, WorkerExtension
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         # Matrices stay as they are: packed ones would have to be packed at every update, which takes ten times as long as the
         # copy, and a tied output head would keep its old copy without a word.
         vllm._custom_ops._supports_onednn = False
+        keep_experts_unpacked()
     if settings.draws is Draws.shared:
         options["logits_processors"] = [SharedDraws]
     if dist.is_initialized() and dist.get_world_size() > 1:
