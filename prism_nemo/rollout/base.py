@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -140,6 +140,42 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends what the engine started. Safe to call twice."""
+        ...
+
+
+class OngoingGeneration(Protocol):
+    """A `generate` whose responses an engine decodes beside those of others."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def rollouts(self) -> list[Rollout]:
+        """Once it is done. Raises what went wrong with this one alone, as `generate` does."""
+        ...
+
+
+G = TypeVar("G", bound=OngoingGeneration)
+
+
+@runtime_checkable
+class ContinuousEngine(Protocol[G]):
+    """An engine that takes more while it generates. One thread calls it, for any number of generations."""
+
+    def add(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
+    ) -> G:
+        """A `generate` that `step` brings on. Its time begins now. Raises what `generate` raises; then nothing was added."""
+        ...
+
+    def step(self) -> None:
+        """A token more of all that was added, as far as there is room.
+
+        Raises what the engine as a whole fails at: then all that was added is gone.
+        """
+        ...
+
+    def drop(self, generation: G) -> None:
+        """Nobody wants it any more. Safe for one that is done."""
         ...
 
 

@@ -22,10 +22,8 @@ import select
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -34,16 +32,16 @@ import torch
 from torch import Tensor
 
 from prism_nemo.errors import ConfigError, PrismError
-from prism_nemo.rollout.base import Rollout, RolloutEngine
+from prism_nemo.rollout.base import RolloutEngine
 from prism_nemo.rollout.buckets import Assembly
 from prism_nemo.rollout.receiving import SharedMemory, WeightUpdate
+from prism_nemo.rollout.turns import NobodyWaits, turns_of
 from prism_nemo.rollout.weight_sync import BEGIN, BUCKET, FINISH, UNPROCESSABLE
 from prism_nemo.rollout.wire import MAX_HEADER_BYTES, GenerateRequest, WireError, decode_request, encode_answer, parse_header
 
 HEALTH, GENERATE = "/v1/health", "/v1/generate"
 TOKEN_VARIABLE = "PRISM_NEMO_ROLLOUT_TOKEN"
 _IDLE_SECONDS = 120.0  # without a byte of a request
-_LEAST_LIMIT_SECONDS = 1e-3
 _DRAINED = 4  # times the longest body: of a longer one so much is read, so that the client hears why it is refused
 
 _log = logging.getLogger(__name__)
@@ -108,6 +106,7 @@ class EngineHost:
         self._name = name
         self._busy_seconds = busy_seconds
         self._executor = ThreadPoolExecutor(1, "engine")
+        self._turns = turns_of(engine, self._executor)
         self._gate = _Gate()
         self._updating = threading.Lock()
         self._update: WeightUpdate | None = None  # that is under way
@@ -125,8 +124,7 @@ class EngineHost:
         }
 
     def generate(self, request: GenerateRequest, wanted: Callable[[], bool]) -> bytes:
-        """The answer. `wanted` tells, when its turn comes, whether the client still waits for it."""
-        arrived = time.monotonic()
+        """The answer. `wanted` tells whether the client still waits for it."""
 
         def check() -> None:
             if self._weights is None or self._weights[0] != request.update_id:
@@ -134,21 +132,12 @@ class EngineHost:
 
         self._gate.enter(check)
         try:
-            rollouts = self._executor.submit(self._run, request, arrived, wanted).result()
+            rollouts = self._turns.generate(request, wanted)
+        except NobodyWaits as error:
+            raise Refused(HTTPStatus.CONFLICT, "nobody waits for it") from error
         finally:
             self._gate.leave()
         return encode_answer(request, rollouts)
-
-    def _run(self, request: GenerateRequest, arrived: float, wanted: Callable[[], bool]) -> list[Rollout]:
-        if not wanted():
-            raise Refused(HTTPStatus.CONFLICT, "nobody waits for it")
-        sampling, limit = request.sampling, request.sampling.time_limit_seconds
-        if limit is not None:
-            left = max(_LEAST_LIMIT_SECONDS, limit - (time.monotonic() - arrived))
-            sampling = replace(sampling, time_limit_seconds=left)
-        return self._engine.generate(
-            request.prompts, sampling, num_rollouts_per_prompt=request.num_rollouts_per_prompt, seeds=request.seeds
-        )
 
     def begin(self, header: dict[str, Any]) -> dict[str, Any]:
         update_id, version, shared = (header.get(key) for key in ("update_id", "version", "shared"))

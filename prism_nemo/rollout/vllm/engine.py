@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_nemo.config.enums import Draws
 from prism_nemo.config.rollout import RolloutConfig
-from prism_nemo.convert.qwen3_vl import ExpertLayout, hf_shapes
-from prism_nemo.models.weights import HFTensors
+from prism_nemo.convert.qwen3_vl import hf_shapes
+from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
-from prism_nemo.rollout.vllm.requests import Request, engine_input, request_parameters
+from prism_nemo.rollout.vllm.decoding import Decoder, Generation
+from prism_nemo.rollout.vllm.requests import Request, engine_input
 from prism_nemo.rollout.vllm.start import ServedModel, start_engine
+
+T = TypeVar("T")
 
 
 class VLLMEngine(InProcessEngine):
@@ -30,10 +31,9 @@ class VLLMEngine(InProcessEngine):
         self._config = config
         self._model = model
         self._merge = model.config["vision_config"]["spatial_merge_size"] ** 2
-        self._names = [frozenset(hf_shapes(model.config, layout)) for layout in (ExpertLayout.hub, ExpertLayout.separate)]
+        self._names = frozenset(hf_shapes(model.config))
         self._weights_version: int | None = None  # None: there are none, or parts of two
-        self._asleep = False
-        self._calls = 0
+        self._asleep: set[str] = set()  # what memory is given back, in vLLM's words
         size = config.vllm.tensor_model_parallel_size
         ranks = 1 if model.group is None else model.group.size()
         if ranks % size:
@@ -42,7 +42,10 @@ class VLLMEngine(InProcessEngine):
                 where="rollout.vllm.tensor_model_parallel_size",
                 remedy="choose a divisor of tensor x pipeline x context parallel size",
             )
+        _check_neighbours(model.group, size)
         self._llm = start_engine(config, model)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._decoder = Decoder(self._llm, config.vllm.draws, shares_scheduling=several and size > 1)
         place = 0 if model.group is None else model.group.rank()
         self._num_engines, self._number, self._speaks = ranks // size, place // size, place % size == 0
 
@@ -50,11 +53,18 @@ class VLLMEngine(InProcessEngine):
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`. Raises RolloutError for missing or unknown tensors; then there are no weights."""
+        assert self._decoder.idle, "rollouts of the weights before are being generated"
         self._weights_version = None
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
-        if isinstance(tensors, HFTensors):  # rather than transposed here and transposed back there
-            tensors = tensors.with_separate_experts()
+        self._wake("weights")
+        self._on_all_ranks(lambda: self._load(tensors))
+        # All that was computed by the old weights: keys and values, features of images.
+        forgotten = self._llm.reset_prefix_cache()
+        assert forgotten, "vLLM keeps keys and values of the weights before"
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        self._weights_version = version
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         seen: set[str] = set()
 
         def noted() -> Iterator[tuple[str, Tensor]]:
@@ -62,33 +72,34 @@ class VLLMEngine(InProcessEngine):
                 seen.add(name)
                 yield name, tensor
 
-        (unfilled,) = set(self._llm.collective_rpc("load_prism_weights", args=(noted(),)))
-        expected = min(self._names, key=lambda names: len(names ^ seen))  # vLLM reads experts in either layout
-        if unfilled or seen != expected:
-            wrong = sorted(seen ^ expected) or sorted(unfilled)
+        unfilled = frozenset[str]().union(*self._llm.collective_rpc("load_prism_weights", args=(noted(),)))
+        if unfilled or seen != self._names:
+            wrong = sorted(seen ^ self._names) or sorted(unfilled)
             raise RolloutError(
                 f"{len(wrong)} tensors are missing or unknown, {wrong[0]} among them",
                 where="rollout.engine",
                 remedy="the engine must be of the policy's own model",
             )
-        # All that was computed by the old weights: keys and values, features of images.
-        self._llm.reset_prefix_cache()
-        self._llm.reset_mm_cache()
-        self._llm.llm_engine.reset_encoder_cache()
-        self._weights_version = version
 
     def sleep(self) -> bool:
         """Gives the GPU's memory back, weights included: they must be updated before more is generated. Nothing on a CPU."""
         if self._model.device.type == "cpu":
             return True
-        self._llm.sleep(level=2)
-        self._asleep, self._weights_version = True, None
+        if "weights" not in self._asleep:
+            self.wake_up()  # what sleeps in part cannot fall asleep
+            self._llm.sleep(level=2)
+            self._asleep, self._weights_version = {"weights", "kv_cache"}, None
         return False
 
     def wake_up(self) -> None:
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
+        """Takes the memory of the cache back. That of the weights comes with their update, be it before or after."""
+        self._wake("kv_cache")
+
+    def _wake(self, memory: str) -> None:
+        """vLLM schedules nothing until all of its memory is there again."""
+        if memory in self._asleep:
+            self._llm.wake_up(tags=[memory])
+            self._asleep.remove(memory)
 
     # Generation
 
@@ -98,22 +109,45 @@ class VLLMEngine(InProcessEngine):
         """See `RolloutEngine.generate`.
 
         Raises RolloutError when logits are not finite, for a prompt whose image tokens are not those of its images, for one that
-        is too long, and without weights.
+        is too long, and without weights; on every rank of the model, whichever had the prompt.
         """
+
+        def own() -> list[tuple[int, Rollout]]:
+            generation = self.add(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds)
+            try:
+                while not generation.done:
+                    self.step()
+            except BaseException:
+                self.drop(generation)
+                raise
+            return generation.numbered()
+
+        parts = self._on_all_ranks(own)
+        return [rollout for _, rollout in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+    def add(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
+    ) -> Generation:
+        """See `ContinuousEngine.add`. Adds the prompts that are dealt to this engine: all, where it is alone."""
         assert len(seeds) == len(prompts) * num_rollouts_per_prompt, "one seed per rollout"
-        version = self._weights_version
-        if version is None:
+        if self._weights_version is None:
             raise RolloutError("the engine has no weights", where="rollout", remedy="call update_weights first")
-        numbers = [
-            index * num_rollouts_per_prompt + member
-            for index in range(self._number, len(prompts), self._num_engines)
+        assert not self._asleep, "generate() while asleep"
+        self._check_lengths(prompts, sampling)
+        dealt = range(self._number, len(prompts), self._num_engines)
+        inputs = {index: engine_input(prompts[index], self._merge) for index in dealt}
+        requests = [
+            Request(index * num_rollouts_per_prompt + member, index, prompts[index])
+            for index in dealt
             for member in range(num_rollouts_per_prompt)
         ]
-        self._check_lengths(prompts, sampling)
-        inputs = {index: engine_input(prompts[index], self._merge) for index in {n // num_rollouts_per_prompt for n in numbers}}
-        requests = [Request(n, n // num_rollouts_per_prompt, prompts[n // num_rollouts_per_prompt]) for n in numbers]
-        self._run(requests, inputs, sampling, seeds)
-        return self._share([(request.number, request.rollout(version)) for request in requests])
+        return self._decoder.add(requests, inputs, sampling, seeds, self._weights_version)
+
+    def step(self) -> None:
+        self._decoder.step()
+
+    def drop(self, generation: Generation) -> None:
+        self._decoder.drop(generation)
 
     def _check_lengths(self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> None:
         longest = max((len(prompt.input_ids) for prompt in prompts), default=0)
@@ -123,40 +157,43 @@ class VLLMEngine(InProcessEngine):
                 where="data.max_prompt_length, data.max_response_length",
             )
 
-    def _run(self, requests: Sequence[Request], inputs: dict[int, Any], sampling: SamplingParams, seeds: Sequence[int]) -> None:
-        """Generates until every response has ended or time is up."""
-        engine = self._llm.llm_engine
-        self._calls += 1
-        shared = self._config.vllm.draws is Draws.shared
-        running = {}
-        for request in requests:
-            identifier = f"{self._calls}-{request.number}"
-            parameters = request_parameters(sampling, seeds[request.number], request.number if shared else None)
-            engine.add_request(identifier, inputs[request.prompt_index], parameters)
-            running[identifier] = request
-        limit = sampling.time_limit_seconds
-        deadline = float("inf") if limit is None else time.monotonic() + limit
+    def _on_all_ranks(self, make: Callable[[], T]) -> list[T]:
+        """What `make()` returned on each engine of the ranks that hold one model. What it raises on one is raised on all."""
+        group = self._model.group
+        if group is None:
+            return [make()]
+        made: list[T] = []
+        problem: Exception | None = None
         try:
-            while running and (time.monotonic() < deadline or not all(request.tokens for request in running.values())):
-                for output in engine.step():
-                    if running[output.request_id].take(output):
-                        del running[output.request_id]
-        except BaseException:
-            engine.abort_request(list(running))
-            raise
-        if running:
-            engine.abort_request(list(running))
-            for request in running.values():
-                request.finish_reason = "timeout"
-        if shared:
-            drawn = self._llm.collective_rpc("take_prism_log_probs")[0]
-            for request in requests:
-                request.log_probs = drawn.get(request.number, [])[: len(request.tokens)]
+            made = [make()]
+        except Exception as error:
+            problem = error
+        told: list[tuple[list[T], PrismError | None]] = [([], None)] * group.size()
+        dist.all_gather_object(told, (made if self._speaks else [], _tellable(problem)), group=group)
+        if problem is not None:
+            raise problem
+        for _, found in told:
+            if found is not None:
+                raise found
+        return [part for parts, _ in told for part in parts]
 
-    def _share(self, mine: list[tuple[int, Rollout]]) -> list[Rollout]:
-        """All rollouts in order, on every rank of the model."""
-        parts = [mine]
-        if self._model.group is not None:
-            parts *= self._model.group.size()
-            dist.all_gather_object(parts, mine if self._speaks else [], group=self._model.group)
-        return [rollout for _, rollout in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+def _tellable(problem: Exception | None) -> PrismError | None:
+    """For the other ranks, which may not be able to make up the exception itself."""
+    if problem is None or isinstance(problem, PrismError):
+        return problem
+    return RolloutError(f"on another rank: {type(problem).__name__}: {problem}", where="rollout")
+
+
+def _check_neighbours(group: dist.ProcessGroup | None, size: int) -> None:
+    """vLLM makes an engine of ranks that follow each other. Raises RolloutError where those hold different models."""
+    if group is None or size == 1:
+        return
+    ranks = dist.get_process_group_ranks(group)
+    for first in range(0, len(ranks), size):
+        if ranks[first] % size or ranks[first : first + size] != list(range(ranks[first], ranks[first] + size)):
+            raise RolloutError(
+                f"an engine of {size} takes ranks that follow each other, and ranks {', '.join(map(str, ranks))} hold one model",
+                where="rollout.vllm.tensor_model_parallel_size",
+                remedy="choose tensor_model_parallel_size of the policy, or a divisor of it",
+            )

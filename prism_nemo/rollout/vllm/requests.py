@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Request:
     finish_reason: FinishReason | None = None
 
     def take(self, output: Any) -> bool:
-        """Adds what a step of the engine gave; whether the response has ended."""
+        """Adds what a step of the engine gave; whether the response has ended. Raises RolloutError, as `rollout` does."""
         if output.prompt_token_ids is not None and list(output.prompt_token_ids) != self.prompt.input_ids.tolist():
             raise RolloutError(
                 f"vLLM sampled after other tokens than those of prompt {self.prompt_index}", where="rollout.engine"
@@ -42,6 +43,7 @@ class Request:
         self.tokens += tokens
         if completion.logprobs is not None:
             self.log_probs += [found[token].logprob for token, found in zip(tokens, completion.logprobs, strict=True)]
+            _check_finite(self.log_probs[-len(tokens) :])
         if not output.finished:
             return False
         if completion.finish_reason not in ("stop", "length"):
@@ -51,20 +53,24 @@ class Request:
 
     def rollout(self, weights_version: int) -> Rollout:
         """Raises RolloutError where a log-probability is not finite."""
+        _check_finite(self.log_probs)
         log_probs = torch.tensor(self.log_probs, dtype=torch.float32)
-        if not bool(log_probs.isfinite().all()):
-            raise RolloutError(
-                "the policy's logits are not finite: there is nothing to sample from",
-                where="rollout",
-                remedy="look at the loss and gradient norm of the steps before; a lower optimizer.lr or clip_grad helps",
-            )
         assert self.finish_reason is not None and len(log_probs) == len(self.tokens)
         tokens = torch.tensor(self.tokens, dtype=torch.int64)
         return Rollout(self.prompt_index, tokens, log_probs, self.finish_reason, weights_version)
 
 
+def _check_finite(log_probs: Sequence[float]) -> None:
+    if not all(map(math.isfinite, log_probs)):
+        raise RolloutError(
+            "the policy's logits are not finite: there is nothing to sample from",
+            where="rollout",
+            remedy="look at the loss and gradient norm of the steps before; a lower optimizer.lr or clip_grad helps",
+        )
+
+
 def request_parameters(sampling: SamplingParams, seed: int, draw: int | None) -> Any:
-    """A request's sampling in vLLM's own words; `draw`: the number by which `SharedDraws` knows it."""
+    """A request's sampling in vLLM's own words; `draw`: the key by which `SharedDraws` knows it."""
     common: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": [sampling.end_token_id],
@@ -73,7 +79,8 @@ def request_parameters(sampling: SamplingParams, seed: int, draw: int | None) ->
         "output_kind": RequestOutputKind.DELTA,
     }
     if draw is not None:
-        return vllm.SamplingParams(temperature=0.0, extra_args={DRAW: (draw, seed, sampling)}, **common)
+        alike = replace(sampling, time_limit_seconds=None)  # what is sampled in one way is drawn in one go
+        return vllm.SamplingParams(temperature=0.0, extra_args={DRAW: (draw, seed, alike)}, **common)
     return vllm.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

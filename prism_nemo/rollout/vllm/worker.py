@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,13 @@ class WorkerExtension:
         """Fills the model from HuggingFace's tensors; the parameters that were not."""
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}
-        if current_platform.is_cpu():
+        packs_experts = [module for module in model.modules() if hasattr(getattr(module, "quant_method", None), "moe_kernel")]
+        if current_platform.is_cpu() and not packs_experts:
             with torch.no_grad():
-                return frozenset(expected - model.load_weights(tensors))  # in place: nothing is packed, see `_start`
+                return frozenset(expected - model.load_weights(tensors))  # in place: see `_start`
+        if current_platform.is_cpu():  # experts are packed only as their kernel is made
+            for module in packs_experts:
+                module.quant_method.moe_kernel = None
         initialize_layerwise_reload(model)
         try:
             loaded = model.load_weights(tensors)
@@ -38,10 +42,10 @@ class WorkerExtension:
             finalize_layerwise_reload(model, self.model_runner.model_config)
         return frozenset(expected - loaded)
 
-    def take_prism_log_probs(self) -> dict[int, list[float]]:
-        """By rollout, what `SharedDraws` drew since the last time."""
-        found = [one for one in self.model_runner.input_batch.logitsprocs.all if isinstance(one, SharedDraws)]
-        return found[0].take()
+    def take_prism_log_probs(self, keys: Sequence[int]) -> list[list[float]]:
+        """What `SharedDraws` drew for the requests with these keys; they are not asked for again."""
+        (draws,) = (one for one in self.model_runner.input_batch.logitsprocs.all if isinstance(one, SharedDraws))
+        return [draws.take(key) for key in keys]
 
 
 class SharedDraws(LogitsProcessor):
@@ -52,8 +56,8 @@ class SharedDraws(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
-        self._rows: dict[int, tuple[tuple[int, int, SamplingParams], list[int]]] = {}
-        self._log_probs: dict[int, list[float]] = {}
+        self._rows: dict[int, tuple[tuple[int, int, SamplingParams], list[int]]] = {}  # key, seed, sampling; tokens so far
+        self._log_probs: dict[int, list[float]] = {}  # by the request's key
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -81,7 +85,12 @@ class SharedDraws(LogitsProcessor):
         rows = [row for row in self._rows if row < logits.shape[0]]
         if not rows:
             return logits
-        sampling = self._rows[rows[0]][0][2]  # one call, one way to sample
+        for sampling in dict.fromkeys(self._rows[row][0][2] for row in rows):
+            self._draw(logits, [row for row in rows if self._rows[row][0][2] == sampling], sampling)
+        return logits
+
+    def _draw(self, logits: Tensor, rows: list[int], sampling: SamplingParams) -> None:
+        """The given rows, all of them sampled in one way."""
         seeds = np.array([self._rows[row][0][1] for row in rows], dtype=np.uint64)
         steps = np.array([len(self._rows[row][1]) for row in rows])
         uniform = torch.from_numpy(uniforms(seeds, steps)).to(self._device)
@@ -91,8 +100,6 @@ class SharedDraws(LogitsProcessor):
             known[step:] = [value]  # a token of a response that was put back is drawn again
         logits[rows] = float("-inf")
         logits[rows, tokens] = 0.0
-        return logits
 
-    def take(self) -> dict[int, list[float]]:
-        taken, self._log_probs = self._log_probs, {}
-        return taken
+    def take(self, key: int) -> list[float]:
+        return self._log_probs.pop(key, [])
