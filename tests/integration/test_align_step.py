@@ -312,7 +312,7 @@ def test_frozen_discriminator_scores_without_a_gradient(folder: Path) -> None:
         assert "discriminator/loss" in metrics
         before = {name: parameter.detach().clone() for name, parameter in trainer.discriminator.module.named_parameters()}
         assert all(float(grad.norm()) == 0 for grad in gradients(trainer.discriminator).values())
-        result = trainer.update(0, step.rollouts, game)
+        result = trainer.update(0, step.rollouts, game, trainer.stream.positions)
         assert result["grad_norm"] > 0
         assert "discriminator/grad_norm" not in result
         after = dict(trainer.discriminator.module.named_parameters())
@@ -355,7 +355,7 @@ def test_a_score_that_is_not_finite_stops_both_steps(side: str, step: Step) -> N
     getattr(game, side)[int(game.compared.nonzero()[0]) if side == "student_scores" else -1, 1] = float("inf")
     models = (trainer.policy.module, trainer.discriminator.module)
     before = [[parameter.detach().clone() for parameter in model.parameters()] for model in models]
-    assert trainer.update(0, step.rollouts, game) == {}
+    assert trainer.update(0, step.rollouts, game, trainer.stream.positions) == {}
     for model, values in zip(models, before, strict=True):
         assert all(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), values, strict=True))
     (bad,) = read_json_lines(trainer.loop.directory / "bad_samples.jsonl")
