@@ -13,8 +13,8 @@ import torch.distributed as dist
 from vllm.distributed.parallel_state import get_tp_group
 
 from prism_nemo.config.enums import Draws
-from prism_nemo.rollout.base import Rollout, SamplingParams
-from prism_nemo.rollout.vllm.requests import Request, request_parameters
+from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
+from prism_nemo.rollout.vllm.requests import Request, check_finite, request_parameters
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class Decoder:
         self._generations: dict[Generation, None] = {}  # in the order in which they came
         self._owner: dict[str, Generation] = {}  # of a response that is running
         self._names = itertools.count()
+        self._spoilt = False  # the cache may hold what is not finite
 
     @property
     def idle(self) -> bool:
@@ -63,6 +64,7 @@ class Decoder:
         self, requests: list[Request], inputs: dict[int, Any], sampling: SamplingParams, seeds: Sequence[int], version: int
     ) -> Generation:
         """Has the requests decoded, by `step`, with all that is there already. Those of a call that fails here leave nothing."""
+        self.clean()
         limit = sampling.time_limit_seconds
         deadline = None if limit is None else self._now() + limit
         generation = Generation(version, requests, {}, [], deadline)
@@ -88,7 +90,9 @@ class Decoder:
         try:
             outputs = self._llm.llm_engine.step()
         except BaseException as error:
-            self._abandon(error)
+            for generation in list(self._generations):
+                generation.error = error
+                self.drop(generation)
             raise
         for output in outputs:
             generation = self._owner.get(output.request_id)
@@ -98,14 +102,26 @@ class Decoder:
                 if generation.running[output.request_id].take(output):
                     self._forget(generation, [output.request_id])
             except Exception as error:
-                self.drop(generation)
                 generation.error = error
+                self.drop(generation)
         self._end_late()
 
     def drop(self, generation: Generation) -> None:
         """Nobody wants it any more; nothing, where it is done."""
         if generation in self._generations:
             self._abort(generation, list(generation.running))
+
+    def clean(self) -> None:
+        """Where nothing runs: what is not finite goes out of the cache.
+
+        vLLM's kernels multiply what lies in a block behind a response's last token by 0, and 0 times NaN is NaN: after weights that
+        overflowed, sound ones would sample nothing.
+        """
+        if self._spoilt and self.idle:
+            forgotten = self._llm.reset_prefix_cache()
+            assert forgotten, "vLLM keeps keys and values, and nothing runs"
+            self._llm.collective_rpc("clear_prism_cache")
+            self._spoilt = False
 
     def _end_late(self) -> None:
         """Of a generation whose time is up, ends the responses that have a token; the others go on until they do."""
@@ -143,13 +159,8 @@ class Decoder:
             (drawn, *_) = self._llm.collective_rpc("take_prism_log_probs", args=(generation.keys,))
             for request, log_probs in zip(generation.requests, drawn, strict=False):
                 request.log_probs = log_probs[: len(request.tokens)]
-
-    def _abandon(self, error: BaseException) -> None:
-        """Nothing runs any more."""
-        names = list(self._owner)
-        for generation in self._generations:
-            generation.running.clear()
-            generation.error = error
-        self._generations.clear()
-        self._owner.clear()
-        self._llm.llm_engine.abort_request(names)
+        try:
+            for request in generation.requests:
+                check_finite(request.log_probs)
+        except RolloutError as error:
+            generation.error, self._spoilt = error, True

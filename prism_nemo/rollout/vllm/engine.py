@@ -62,6 +62,7 @@ class VLLMEngine(InProcessEngine):
         assert forgotten, "vLLM keeps keys and values of the weights before"
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
+        self._decoder.clean()
         self._weights_version = version
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -33,7 +33,7 @@ class Request:
     finish_reason: FinishReason | None = None
 
     def take(self, output: Any) -> bool:
-        """Adds what a step of the engine gave; whether the response has ended. Raises RolloutError, as `rollout` does."""
+        """Adds what a step of the engine gave; whether the response has ended. Raises RolloutError where a log-probability is not finite."""
         if output.prompt_token_ids is not None and list(output.prompt_token_ids) != self.prompt.input_ids.tolist():
             raise RolloutError(
                 f"vLLM sampled after other tokens than those of prompt {self.prompt_index}", where="rollout.engine"
@@ -43,7 +43,7 @@ class Request:
         self.tokens += tokens
         if completion.logprobs is not None:
             self.log_probs += [found[token].logprob for token, found in zip(tokens, completion.logprobs, strict=True)]
-            _check_finite(self.log_probs[-len(tokens) :])
+            check_finite(self.log_probs[-len(tokens) :])
         if not output.finished:
             return False
         if completion.finish_reason not in ("stop", "length"):
@@ -52,15 +52,14 @@ class Request:
         return True
 
     def rollout(self, weights_version: int) -> Rollout:
-        """Raises RolloutError where a log-probability is not finite."""
-        _check_finite(self.log_probs)
         log_probs = torch.tensor(self.log_probs, dtype=torch.float32)
         assert self.finish_reason is not None and len(log_probs) == len(self.tokens)
         tokens = torch.tensor(self.tokens, dtype=torch.int64)
         return Rollout(self.prompt_index, tokens, log_probs, self.finish_reason, weights_version)
 
 
-def _check_finite(log_probs: Sequence[float]) -> None:
+def check_finite(log_probs: Sequence[float]) -> None:
+    """Raises RolloutError where one is not."""
     if not all(map(math.isfinite, log_probs)):
         raise RolloutError(
             "the policy's logits are not finite: there is nothing to sample from",
@@ -93,12 +92,17 @@ def request_parameters(sampling: SamplingParams, seed: int, draw: int | None) ->
 
 
 def engine_input(prompt: EncodedPrompt, patches_per_token: int) -> Any:
-    """A prompt in vLLM's own words. Videos are their frames: what makes one patch in time is an image."""
+    """A prompt in vLLM's own words. Videos are their frames: what makes one patch in time is an image.
+
+    Raises RolloutError for image tokens that are not those of the images, and for pixels that are not finite.
+    """
     ids = prompt.input_ids.tolist()
     patches = prompt.image_grid_thw.prod(dim=1).tolist()
     ranges = _image_ranges(prompt, [count // patches_per_token for count in patches])
     if not ranges:
         return tokens_input(ids)
+    if not bool(prompt.pixel_values.isfinite().all()):
+        raise RolloutError("a prompt's pixels are not finite", where="rollout", remedy="look at its images")
     fields = {
         "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", torch.tensor(patches)),
         "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),

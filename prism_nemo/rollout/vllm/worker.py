@@ -47,6 +47,11 @@ class WorkerExtension:
         (draws,) = (one for one in self.model_runner.input_batch.logitsprocs.all if isinstance(one, SharedDraws))
         return [draws.take(key) for key in keys]
 
+    def clear_prism_cache(self) -> None:
+        """Nothing is left of the keys and values of any request."""
+        for cache in self.model_runner.kv_caches:
+            cache.zero_()
+
 
 class SharedDraws(LogitsProcessor):
     """Draws tokens from logits as the Megatron engine does: the same seeds give the same rollouts on either.
