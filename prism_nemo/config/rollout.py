@@ -33,7 +33,7 @@ class RolloutServersConfig:
     request_timeout_seconds: float = 1800.0  # for one request's responses; then its prompts go to another server
     control_timeout_seconds: float = 120.0  # for a server to answer anything else, a bucket of weights above all
     prompts_per_request: int = 1  # with all their responses; more are decoded together, fewer spread over the servers evenly
-    requests_per_replica: int = 2  # under way at a time, of each data-parallel rank: one that is generated, and the next
+    requests_per_replica: int | None = None  # under way at a time, of each data-parallel rank; null: docs/rollout_servers.md
     weight_bucket_mb: int = 256  # of weights that travel at a time
 
 

@@ -124,14 +124,18 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        requests_per_replica: int,
+        requests_per_replica: Callable[[int], int],
         timeout_seconds: float,
         grace_seconds: float,
         vocab_size: int,
         on_failure: Callable[[Failure], None],
         on_answer: Callable[[str, str], None],
     ) -> None:
-        """`timeout_seconds`: for an answer; where the responses' time is limited, that and `grace_seconds` if it is less."""
+        """What the numbers are.
+
+        requests_per_replica   under way to a server at a time, of requests for so many rollouts each
+        timeout_seconds        for an answer; where the responses' time is limited, that and `grace_seconds` if it is less
+        """
         self._requests_per_replica = requests_per_replica
         self._timeout, self._grace = timeout_seconds, grace_seconds
         self._vocab_size = vocab_size
@@ -201,12 +205,14 @@ class Dispatcher:
     def _pump(self) -> None:
         """Sends what can be sent, to the server that has least to do; the lock is held."""
         while self._waiting and self._replicas and not self._closed:
-            replica = min(self._replicas.values(), key=lambda one: one.under_way)
-            if replica.under_way >= self._requests_per_replica:
-                return
-            job = self._waiting.popleft()
+            job = self._waiting[0]
             if job.call.error is not None:
+                self._waiting.popleft()
                 continue
+            replica = min(self._replicas.values(), key=lambda one: one.under_way)
+            if replica.under_way >= self._requests_per_replica(len(job.seeds)):
+                return
+            self._waiting.popleft()
             replica.under_way += 1
             job.attempts += 1
             request = self._request(job, replica)

@@ -7,6 +7,7 @@ background. What a server gives is checked, and what it fails at is done by anot
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import socket
 import tempfile
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.compose import dump_config
-from prism_nemo.config.enums import Device, Precision, RolloutPlacement
+from prism_nemo.config.enums import Device, Precision, RolloutEngineKind, RolloutPlacement
 from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings
 from prism_nemo.config.schema import DataConfig, ModelConfig, RuntimeConfig, ServeConfig
 from prism_nemo.errors import PrismError
@@ -36,6 +38,7 @@ from prism_nemo.rollout.weight_sync import WeightSender
 if TYPE_CHECKING:
     from prism_nemo.models.policy import PolicyModel
 
+_MAX_REQUESTS = 64  # to a server, unless more are asked for: each is a connection, and a thread on both sides
 _SLICE_SECONDS = 20.0  # of waiting for servers, far below the limit that collectives have
 _COUNTS = ("resent_requests", "servers_left_out", "late_answers", "lost_answers", "refused_answers", "wrong_answers")
 _log = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class RemoteEngine:
                 bucket_bytes=servers.weight_bucket_mb << 20, timeout_seconds=servers.control_timeout_seconds
             )
         self._dispatcher = Dispatcher(
-            requests_per_replica=servers.requests_per_replica,
+            requests_per_replica=partial(requests_per_replica, config, policy.runtime.data_parallel_size),
             timeout_seconds=servers.request_timeout_seconds,
             grace_seconds=servers.control_timeout_seconds,
             vocab_size=policy.hf_config["text_config"]["vocab_size"],
@@ -227,6 +230,19 @@ class RemoteEngine:
     def _note_answer(self, name: str, instance: str) -> None:
         if self._fleet is not None:
             self._fleet.answered(name, instance)
+
+
+def requests_per_replica(config: RolloutConfig, leaders: int, num_rollouts: int) -> int:
+    """Requests of `num_rollouts` that each of `leaders` has under way to a server: what it decodes together, and the next.
+
+    More would wait there, and a slow server would keep what a quick one could have done.
+    """
+    given = config.servers.requests_per_replica
+    if given is not None:
+        return given
+    if config.engine is RolloutEngineKind.megatron:
+        return 1 + 1  # it takes one request after the other
+    return min(_MAX_REQUESTS, math.ceil(config.max_batch_size / (leaders * num_rollouts)) + 1)
 
 
 class _NotHere:

@@ -274,7 +274,7 @@ def test_memory_that_is_given_back_is_taken_back_in_either_order(monkeypatch: py
         with pytest.raises(RolloutError, match="no weights"):
             alone(engine, prompts)
         first()
-        with pytest.raises((RolloutError, AssertionError), match="no weights|asleep"):
+        with pytest.raises((RolloutError, AssertionError), match=r"no weights|asleep"):
             alone(engine, prompts)
         second()
         engine.wake_up()

@@ -95,15 +95,15 @@ class Decoder:
                 self.drop(generation)
             raise
         for output in outputs:
-            generation = self._owner.get(output.request_id)
-            if generation is None:  # it was ended meanwhile
+            owner = self._owner.get(output.request_id)
+            if owner is None:  # it was ended meanwhile
                 continue
             try:
-                if generation.running[output.request_id].take(output):
-                    self._forget(generation, [output.request_id])
+                if owner.running[output.request_id].take(output):
+                    self._forget(owner, [output.request_id])
             except Exception as error:
-                generation.error = error
-                self.drop(generation)
+                owner.error = error
+                self.drop(owner)
         self._end_late()
 
     def drop(self, generation: Generation) -> None:
@@ -114,8 +114,8 @@ class Decoder:
     def clean(self) -> None:
         """Where nothing runs: what is not finite goes out of the cache.
 
-        vLLM's kernels multiply what lies in a block behind a response's last token by 0, and 0 times NaN is NaN: after weights that
-        overflowed, sound ones would sample nothing.
+        vLLM's kernels multiply what lies in a block behind a response's last token by 0, and 0 times NaN is NaN: after weights
+        that overflowed, sound ones would sample nothing.
         """
         if self._spoilt and self.idle:
             forgotten = self._llm.reset_prefix_cache()

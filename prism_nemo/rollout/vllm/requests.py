@@ -33,7 +33,7 @@ class Request:
     finish_reason: FinishReason | None = None
 
     def take(self, output: Any) -> bool:
-        """Adds what a step of the engine gave; whether the response has ended. Raises RolloutError where a log-probability is not finite."""
+        """Adds what a step of the engine gave; whether the response has ended. Raises RolloutError for what cannot be one."""
         if output.prompt_token_ids is not None and list(output.prompt_token_ids) != self.prompt.input_ids.tolist():
             raise RolloutError(
                 f"vLLM sampled after other tokens than those of prompt {self.prompt_index}", where="rollout.engine"
