@@ -67,6 +67,7 @@ class RolloutConfig:
     top_k: int = 0  # 0: all tokens
     max_batch_size: int = 256  # sequences decoded together
     num_rollouts_per_prompt: int = 16  # the size of a group
+    stop: list[str] = field(default_factory=list)  # texts that end a response, beside its end token, like ['</answer>']
     time_limit_seconds: float | None = None  # for one call's responses: what there is by then is used, as truncated
     max_staleness: int = 0  # 1: the next batch is generated while the policy trains on this one; needs separate servers
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
@@ -91,6 +92,8 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
             where="rollout.temperature",
             remedy="lower it, or set rollout.vllm.draws=shared",
         )
+    if not all(rollout.stop):
+        raise ConfigError("an empty text would end every response at once", where="rollout.stop", remedy="leave it out")
     if rollout.max_staleness > 0 and not ahead:
         raise ConfigError(
             "only alignment and RLVR can train on rollouts of the weights before",

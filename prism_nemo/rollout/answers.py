@@ -61,7 +61,8 @@ def _problem(
         return "it goes on behind its end"
     if rollout.finish_reason not in ("stop", "length", "timeout"):
         return f"it ended for the reason {rollout.finish_reason!r:.60}"
-    if (rollout.finish_reason == "stop") != ended and not (ended and tokens.numel() == sampling.max_new_tokens):
+    by_text = rollout.finish_reason == "stop" and bool(sampling.stop_texts)
+    if (rollout.finish_reason == "stop") != ended and not by_text and not (ended and tokens.numel() == sampling.max_new_tokens):
         return f"it ended for the reason {rollout.finish_reason!r}, and its last token {'is' if ended else 'is not'} the end"
     if rollout.finish_reason == "length" and tokens.numel() != sampling.max_new_tokens:
         return f"it was cut at {tokens.numel()} tokens, the limit is {sampling.max_new_tokens}"

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "timeout"]
-"""The end token was sampled; `max_new_tokens` were; or time was up, and the tokens are what there was by then."""
+"""The end token was sampled, or a text to stop at is complete; `max_new_tokens` were sampled; or time was up, and the tokens are
+what there was by then."""
 
 
 class RolloutError(PrismError):
@@ -42,6 +43,7 @@ class SamplingParams:
     max_new_tokens: int
     end_token_id: int  # ends a response and is its last token
     banned_token_ids: tuple[int, ...]  # never sampled: image placeholders, which nothing downstream could place
+    stop_texts: tuple[str, ...] = ()  # end a response too, with the token that completes one
     time_limit_seconds: float | None = None  # for a call; then responses end as they are, each with one token at least
 
     def __post_init__(self) -> None:
@@ -249,5 +251,11 @@ def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig, d
 
         return VLLMEngine(config, ServedModel.of(policy, data.max_prompt_length + data.max_response_length))
     from prism_nemo.rollout.megatron import MegatronEngine
+    from prism_nemo.rollout.stopping import Tokenizer
 
-    return MegatronEngine(policy.chunks, device=policy.runtime.device, max_batch_size=config.max_batch_size)
+    return MegatronEngine(
+        policy.chunks,
+        device=policy.runtime.device,
+        max_batch_size=config.max_batch_size,
+        decode=Tokenizer(policy.assets).decode,
+    )

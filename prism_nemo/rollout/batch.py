@@ -141,6 +141,7 @@ def sampling_params(config: RolloutConfig, encoder: ChatEncoder) -> SamplingPara
         max_new_tokens=encoder.data.max_response_length,
         end_token_id=encoder.end_token_id,
         banned_token_ids=encoder.banned_token_ids,
+        stop_texts=tuple(config.stop),
         time_limit_seconds=config.time_limit_seconds,
     )
 

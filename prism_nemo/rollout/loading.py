@@ -84,8 +84,9 @@ def _fill(mapping: ParameterMapping, source: int, parameters: list[torch.nn.Para
 class ServedMegatronEngine(MegatronEngine):
     """`MegatronEngine` over a model that nobody trains: `update_weights` reads its tensors."""
 
-    def __init__(self, model: Chunks, config: Mapping[str, Any], *, device: torch.device, max_batch_size: int) -> None:
-        super().__init__(model, device=device, max_batch_size=max_batch_size)
+    def __init__(self, model: Chunks, config: Mapping[str, Any], **options: Any) -> None:
+        """`options`: see `MegatronEngine`."""
+        super().__init__(model, **options)
         for chunk in chunks_of(model):
             chunk.requires_grad_(False)
         self._loader = TensorLoader(model, config)

@@ -7,7 +7,7 @@ forward pass, the finished ones dropped as they go.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,7 @@ from prism_nemo.packing.rows import PackedRow, RowLayout, make_row
 from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.cache import DecodeCache, PromptCache
 from prism_nemo.rollout.sampling import Sampler, uniforms
+from prism_nemo.rollout.stopping import TextStops
 
 _PROMPT_TOKENS_PER_ROW = 8192  # prompts that run together; a longer one runs alone
 _COMPACT_BELOW = 0.75  # share of sequences still decoded under which the finished ones are dropped from the batch
@@ -60,8 +61,11 @@ class MegatronEngine(InProcessEngine):
     stages take turns at every token, and context-parallel ranks all do the same: right everywhere, fast without either.
     """
 
-    def __init__(self, model: Chunks, *, device: torch.device, max_batch_size: int) -> None:
-        """`max_batch_size`: sequences decoded together."""
+    def __init__(
+        self, model: Chunks, *, device: torch.device, max_batch_size: int, decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        """`max_batch_size`: sequences decoded together; `decode`: the text of tokens, for `SamplingParams.stop_texts`."""
+        self._text_of = decode
         self._chunks: Sequence[Qwen3VLModel] = chunks_of(model)
         model = self._model = self._chunks[-1]  # on the last pipeline stage the one with the output weight
         self._device = device
@@ -139,6 +143,7 @@ class MegatronEngine(InProcessEngine):
         result = _Sampled(
             torch.zeros(size, limit, dtype=torch.int64), torch.zeros(size, limit), np.zeros(size, np.int64), np.zeros(size, bool)
         )
+        stops = self._stops(sampler.sampling)
         prompt_index = torch.from_numpy(prompt_of).to(self._device)
         cache = DecodeCache(prefilled.cache, prompt_index)
         hidden = None if prefilled.hidden is None else prefilled.hidden[prompt_index]
@@ -151,7 +156,7 @@ class MegatronEngine(InProcessEngine):
             rows = torch.from_numpy(in_batch)
             result.tokens[rows, step], result.log_probs[rows, step] = host_tokens, log_probs.cpu()
             result.lengths[in_batch[running]] = step + 1
-            ended = running & (host_tokens.numpy() == end)
+            ended = running & ((host_tokens.numpy() == end) | stops.ended(result.tokens[rows, : step + 1]))
             result.stopped[in_batch[ended]] = True
             running &= ~ended
             if step + 1 == limit or not running.any() or time_is_up:
@@ -168,6 +173,11 @@ class MegatronEngine(InProcessEngine):
                 hidden = gather_rows(output, torch.arange(len(in_batch), device=self._device), self._model.config, self._tp)
         _check_finite(result)
         return result
+
+    def _stops(self, sampling: SamplingParams) -> TextStops:
+        if sampling.stop_texts and self._text_of is None:
+            raise RolloutError("the engine has no tokenizer, and there are texts to stop at", where="rollout.stop")
+        return TextStops(sampling.stop_texts, self._text_of or str)
 
     def _decode_row(self, tokens: Tensor, positions: Tensor) -> PackedRow:
         """One token a sequence, each at its own position; int64 [B] both."""

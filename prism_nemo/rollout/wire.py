@@ -131,6 +131,7 @@ def decode_request(body: bytes | bytearray) -> GenerateRequest:
     try:
         sampling = dict(header["sampling"])
         sampling["banned_token_ids"] = tuple(map(int, sampling["banned_token_ids"]))
+        sampling["stop_texts"] = tuple(map(str, sampling["stop_texts"]))
         request = GenerateRequest(
             request_id=str(header["request_id"]),
             update_id=str(header["update_id"]),

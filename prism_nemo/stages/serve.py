@@ -81,6 +81,7 @@ def build_engine(config: ServeConfig, runtime: Runtime) -> RolloutEngine:
         max_length = config.data.max_prompt_length + config.data.max_response_length
         return VLLMEngine(config.rollout, ServedModel(hf_assets_directory(path), hf_config, dtype, runtime.device, max_length))
     from prism_nemo.rollout.loading import ServedMegatronEngine
+    from prism_nemo.rollout.stopping import Tokenizer
 
     shape, layers = Qwen3VLShape.from_hf(hf_config), layer_kind(config.model, runtime.device)
     with runtime.layout.active():
@@ -89,7 +90,13 @@ def build_engine(config: ServeConfig, runtime: Runtime) -> RolloutEngine:
             ParallelConfig(),
         )
     moved = [chunk.to(runtime.device) for chunk in chunks]
-    return ServedMegatronEngine(moved, hf_config, device=runtime.device, max_batch_size=config.rollout.max_batch_size)
+    return ServedMegatronEngine(
+        moved,
+        hf_config,
+        device=runtime.device,
+        max_batch_size=config.rollout.max_batch_size,
+        decode=Tokenizer(hf_assets_directory(path)).decode,
+    )
 
 
 def _serve(server: RolloutServer) -> None:

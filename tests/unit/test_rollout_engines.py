@@ -25,6 +25,7 @@ from prism_nemo.packing.groups import EncodedPrompt, Group, Segment
 from prism_nemo.packing.rows import make_row
 from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.megatron import MegatronEngine
+from prism_nemo.rollout.stopping import Tokenizer
 
 END = 2
 MODELS = {"experts": {"experts": True, "tied": False}, "dense": {}, "untied": {"tied": False}}
@@ -52,7 +53,7 @@ def engine_of(kind: str, name: str) -> Any:
     """With the model's weights, as version 0. Engines live as long as the process."""
     place, model = served(**MODELS[name]), model_of(name)
     if kind == "megatron":
-        engine: Any = MegatronEngine(model, device=CPU, max_batch_size=64)
+        engine: Any = MegatronEngine(model, device=CPU, max_batch_size=64, decode=Tokenizer(place.directory).decode)
     else:
         engine = vllm_engine(place, vllm_config(Draws.shared if kind == "vllm-shared" else Draws.engine))
     engine.update_weights(HFTensors(model, place.config), 0)
@@ -119,6 +120,27 @@ def same(left: Sequence[Rollout], right: Sequence[Rollout], tolerance: float = 2
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.finish_reason == other.finish_reason
         torch.testing.assert_close(one.log_probs, other.log_probs, atol=tolerance, rtol=0)
+
+
+def test_texts_end_responses_whatever_their_tokens(kind: str, name: str) -> None:
+    """As the whole of them would be cut behind the token that completes a text; the end token ends them still."""
+    place, engine = served(**MODELS[name]), engine_of(kind, name)
+    decode = Tokenizer(place.directory).decode
+    free = params(1.0, 24, place)
+    whole = sample(engine, place.prompts, free, 4)
+    texts = [decode(rollout.tokens.tolist()) for rollout in whole]
+    stops = tuple(text[middle : middle + 4].strip() for text in texts[::5] if (middle := len(text) // 2) > 4)
+    assert all(stops)
+    expected = []
+    for rollout in whole:
+        tokens = rollout.tokens.tolist()
+        ends = (n for n in range(1, len(tokens) + 1) if any(stop in decode(tokens[:n]) for stop in stops))
+        length = next(ends, None)
+        cut = {} if length is None else {"tokens": rollout.tokens[:length], "log_probs": rollout.log_probs[:length]}
+        expected.append(replace(rollout, **cut, finish_reason="stop" if length is not None else rollout.finish_reason))
+    stopped = sample(engine, place.prompts, replace(free, stop_texts=stops), 4)
+    same(stopped, expected)
+    assert sum(len(one.tokens) < len(other.tokens) for one, other in zip(stopped, whole, strict=True)) > 2
 
 
 def test_greedy_tokens_equal_transformers(kind: str, name: str) -> None:

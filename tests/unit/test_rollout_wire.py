@@ -17,7 +17,7 @@ from prism_nemo.rollout.base import Rollout, SamplingParams
 from prism_nemo.rollout.pixels import pack_pixels, unpack_pixels
 from prism_nemo.rollout.wire import GenerateRequest, WireError, decode_request, encode_answer, encode_request
 
-SAMPLING = SamplingParams(0.7, 0.9, 50, 6, 5, (120, 121), time_limit_seconds=2.5)
+SAMPLING = SamplingParams(0.7, 0.9, 50, 6, 5, (120, 121), ("</answer>", "é"), time_limit_seconds=2.5)
 PROMPTS = [make_prompt([(4, 6), (2, 2)], seed=1), make_prompt([], seed=2)]
 REQUEST = GenerateRequest("7.0.1", "ab12", PROMPTS, SAMPLING, 2, [0, 2**63 - 1, 2**64 - 1, 17])
 

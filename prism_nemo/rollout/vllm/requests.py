@@ -74,7 +74,10 @@ def request_parameters(sampling: SamplingParams, seed: int, draw: int | None) ->
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": [sampling.end_token_id],
         "ignore_eos": True,
-        "detokenize": False,
+        "detokenize": bool(sampling.stop_texts),
+        "stop": list(sampling.stop_texts) or None,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
         "output_kind": RequestOutputKind.DELTA,
     }
     if draw is not None:
