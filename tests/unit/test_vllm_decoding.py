@@ -201,6 +201,8 @@ def test_what_goes_wrong_with_one_call_is_its_own(engine: Any) -> None:
         add(engine, [prompts[1], doubled])
     with pytest.raises(RolloutError, match="do not fit"):
         add(engine, prompts, replace(SAMPLING, max_new_tokens=MAX_LENGTH))
+    with pytest.raises(RolloutError, match=r"vLLM refuses the request: .*out-of-vocab"):
+        add(engine, prompts, replace(SAMPLING, end_token_id=10**6))
     spoilt = replace(prompts[1], pixel_values=torch.full_like(prompts[1].pixel_values, float("nan")))
     with pytest.raises(RolloutError, match="pixels are not finite"):
         add(engine, [prompts[2], spoilt])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.exceptions import VLLMClientError
 
 from prism_nemo.config.enums import Draws
 from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
@@ -63,7 +64,10 @@ class Decoder:
     def add(
         self, requests: list[Request], inputs: dict[int, Any], sampling: SamplingParams, seeds: Sequence[int], version: int
     ) -> Generation:
-        """Has the requests decoded, by `step`, with all that is there already. Those of a call that fails here leave nothing."""
+        """Has the requests decoded, by `step`, with all that is there already. Those of a call that fails here leave nothing.
+
+        Raises RolloutError for what vLLM does not take.
+        """
         self.clean()
         limit = sampling.time_limit_seconds
         deadline = None if limit is None else self._now() + limit
@@ -76,8 +80,10 @@ class Decoder:
                 generation.running[str(key)], self._owner[str(key)] = request, generation
                 parameters = request_parameters(sampling, seeds[request.number], key if self._shared else None)
                 self._llm.llm_engine.add_request(str(key), inputs[request.prompt_index], parameters)
-        except BaseException:
+        except BaseException as error:
             self.drop(generation)
+            if isinstance(error, VLLMClientError | ValueError):  # what vLLM says of parameters and prompts
+                raise RolloutError(f"vLLM refuses the request: {error}", where="rollout") from error
             raise
         self._forget(generation, ())  # it is done already, where there are no requests
         return generation
