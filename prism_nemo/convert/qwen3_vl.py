@@ -160,6 +160,8 @@ def canonical_name(local: str, config: Config) -> str:
     """
     name = re.sub(r"\.input_layernorm\.(weight|bias)$", r".self_attention.linear_qkv.layer_norm_\1", local)
     name = re.sub(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r".mlp.experts.\2.weight\1", name)
+    if ".pre_mlp_layernorm." not in name:
+        return name  # the rest takes time, and weights are named anew at every update
     layer = re.match(r"language_model\.decoder\.layers\.(\d+)\.", name)
     if layer and is_moe_layer(hub_config(config), int(layer[1])):
         return name
