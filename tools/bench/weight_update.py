@@ -3,7 +3,10 @@
     OMP_NUM_THREADS=1 .venv/vllm/bin/python tools/bench/weight_update.py [--hidden 1024 --layers 12 --experts 8]
 
 One process: a random policy of that shape in Megatron, and a vLLM engine that is given its weights again and again, as every step
-of RLVR does. Prints one JSON object; seconds are medians. `copy` is `Tensor.copy_` of every tensor into one that exists already.
+of RLVR does. Prints one JSON object; seconds are medians. `copy` is `Tensor.copy_` of every tensor into one that exists already;
+`hub_layout` is an update by tensors in the Hub's layout, as a server gets them. Then 16 prompts of 100 tokens get 4 rollouts of
+at most 48 tokens each. With `--packed-experts` vLLM computes experts with its own kernel, which packs them: then only that is
+measured, for what it packed as it started does not follow an update.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from prism_nemo.config.enums import Device, Precision, RolloutEngineKind
 from prism_nemo.config.rollout import RolloutConfig, VLLMConfig
@@ -26,6 +31,8 @@ from prism_nemo.convert.random_init import write_random_weights
 from prism_nemo.data.digits_model import write_model_files
 from prism_nemo.engine.runtime import session
 from prism_nemo.models.policy import PolicyModel
+from prism_nemo.packing.groups import text_prompt
+from prism_nemo.rollout.base import SamplingParams
 
 MAX_LENGTH = 256
 
@@ -61,7 +68,31 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
-    return round(statistics.median(seconds), 3)
+    return statistics.median(seconds)
+
+
+def updates(engine: Any, policy: PolicyModel, tensors: dict[str, Tensor], repeats: int) -> dict[str, float]:
+    target = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    copy = median_seconds(lambda: [target[name].copy_(tensor) for name, tensor in tensors.items()], repeats)
+    update = median_seconds(lambda: engine.update_weights(policy.hf_tensors(), 0), repeats)
+    return {
+        "copy_seconds": round(copy, 4),
+        "update_seconds": round(update, 4),
+        "hub_layout_seconds": round(median_seconds(lambda: engine.update_weights(tensors.items(), 0), repeats), 4),
+        "update_over_copy": round(update / copy, 2),
+    }
+
+
+def tokens_per_second(engine: Any, shape: Any, repeats: int) -> int:
+    """Of generation, prefill included; the best of the repeats."""
+    prompts = [text_prompt(torch.randint(10, 50, (100,)), shape.vision.patch_width) for _ in range(16)]
+    sampling = SamplingParams(1.0, 1.0, 0, 48, end_token_id=shape.vocab_size - 1, banned_token_ids=())
+    best = 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        rollouts = engine.generate(prompts, sampling, num_rollouts_per_prompt=4, seeds=range(64))
+        best = max(best, sum(len(rollout.tokens) for rollout in rollouts) / (time.perf_counter() - began))
+    return round(best)
 
 
 def main() -> None:
@@ -71,10 +102,13 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--packed-experts", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, session(ParallelConfig(), RuntimeConfig(device=Device.cpu)) as runtime:
-        from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
+        from prism_nemo.rollout.vllm import ServedModel, VLLMEngine, start
 
+        if arguments.packed_experts:
+            start.keep_experts_unpacked = lambda: None
         directory = Path(folder) / "model"
         shape = {name: getattr(arguments, name) for name in ("hidden", "layers", "vocabulary", "experts")}
         write_model(directory, **shape)
@@ -82,28 +116,14 @@ def main() -> None:
         config = RolloutConfig(engine=RolloutEngineKind.vllm, vllm=VLLMConfig(kv_cache_gb=0.2))
         engine = VLLMEngine(config, ServedModel.of(policy, MAX_LENGTH))
         tensors = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
-        target = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-        copy = median_seconds(lambda: [target[name].copy_(tensor) for name, tensor in tensors.items()], arguments.repeats)
-        rename = median_seconds(lambda: sum(1 for _ in policy.hf_tensors()), arguments.repeats)
-        load = median_seconds(lambda: engine.update_weights(tensors.items(), 0), arguments.repeats)
-        update = median_seconds(lambda: engine.update_weights(policy.hf_tensors(), 0), arguments.repeats)
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    print(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
-                **shape,
-                "megabytes": round(num_bytes / 2**20),
-                "copy_seconds": copy,
-                "megatron_to_hf_seconds": rename,
-                "vllm_load_seconds": load,
-                "update_seconds": update,
-                "update_over_copy": round(update / copy, 2),
-            },
-            indent=1,
-        )
-    )
+        result = {"megabytes": round(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20)}
+        if arguments.packed_experts:
+            engine.update_weights(policy.hf_tensors(), 0)
+        else:
+            result |= updates(engine, policy, tensors, arguments.repeats)
+        result["tokens_per_second"] = tokens_per_second(engine, policy.chunks[0].shape, arguments.repeats)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread"
+    print(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **shape, **result}, indent=1))
 
 
 if __name__ == "__main__":
