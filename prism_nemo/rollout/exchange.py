@@ -96,6 +96,7 @@ class Connection:
         *,
         timeout_seconds: float,
         max_bytes: int = _MAX_STATUS_BYTES,
+        upgrade: str | None = None,
     ) -> Reply:
         """One request and its answer. Raises ExchangeError."""
         over = threading.Event()
@@ -115,7 +116,7 @@ class Connection:
                 self._connection.timeout = timeout_seconds
                 self._connection.connect()
                 connected = True
-            reply = self._send_and_read(method, path, parts, max_bytes)
+            reply = self._send_and_read(method, path, parts, max_bytes, upgrade)
             if over.is_set():  # an answer without a length ends where it was ended
                 raise TimeoutError
             return reply
@@ -127,11 +128,30 @@ class Connection:
         finally:
             clock.cancel()
 
+    def upgrade(self, path: str, protocol: str, *, timeout_seconds: float) -> socket.socket:
+        """The connection itself, which from here on speaks `protocol`; it is closed with this. Raises ExchangeError."""
+        reply = self.exchange("POST", path, (), timeout_seconds=timeout_seconds, upgrade=protocol)
+        if reply.status != http.client.SWITCHING_PROTOCOLS:
+            raise ExchangeError(reply.problem)
+        assert self._connection.sock is not None
+        return self._connection.sock
+
+    @property
+    def local_host(self) -> str:
+        """The address of this end, as the other may reach it."""
+        assert self._connection.sock is not None
+        return str(self._connection.sock.getsockname()[0])
+
     def close(self) -> None:
         self._connection.close()
 
-    def _send_and_read(self, method: str, path: str, parts: Sequence[bytes | memoryview], max_bytes: int) -> Reply:
+    def _send_and_read(
+        self, method: str, path: str, parts: Sequence[bytes | memoryview], max_bytes: int, upgrade: str | None
+    ) -> Reply:
         self._connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
+        if upgrade is not None:
+            self._connection.putheader("Connection", "Upgrade")
+            self._connection.putheader("Upgrade", upgrade)
         self._connection.putheader("Content-Length", str(sum(len(part) for part in parts)))
         if self._token is not None:
             self._connection.putheader("Authorization", f"Bearer {self._token}")

@@ -16,8 +16,7 @@ from typing import Protocol
 from prism_nemo.rollout.base import RolloutError
 from prism_nemo.rollout.exchange import Address, ExchangeError
 from prism_nemo.rollout.processes import ServerProcess
-from prism_nemo.rollout.server import HEALTH
-from prism_nemo.rollout.weight_sync import Receiver
+from prism_nemo.rollout.weight_sync import HEALTH, Receiver
 
 MAX_DEATHS = 3  # in a row, without an answer in between
 _WRONG_INPUT = 2  # the exit status of a PrismError: the next start would end the same way

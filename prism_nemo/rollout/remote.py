@@ -73,7 +73,10 @@ class RemoteEngine:
             members = self._members(policy, data, directory, several=several)
             self._fleet = Fleet(members, servers.startup_timeout_seconds)
             self._sender = WeightSender(
-                bucket_bytes=servers.weight_bucket_mb << 20, timeout_seconds=servers.control_timeout_seconds
+                bucket_bytes=servers.weight_bucket_mb << 20,
+                timeout_seconds=servers.control_timeout_seconds,
+                transport=servers.weight_transport,
+                device=policy.runtime.device,
             )
         self._dispatcher = Dispatcher(
             requests_per_replica=partial(requests_per_replica, config, policy.runtime.data_parallel_size),
@@ -150,7 +153,8 @@ class RemoteEngine:
                     f"a rollout server does not take the weights: {refusal.what}", where=name, remedy=refusal.remedy
                 )
             _log.warning("%s did not get the weights of version %d: %s", name, version, refusal.what)
-            self._fleet.report(name, receivers[name].instance, refusal.what)
+            if refusal.at_fault:
+                self._fleet.report(name, receivers[name].instance, refusal.what)
         taken = [receiver for name, receiver in receivers.items() if name not in sent.refusals]
         if not taken and time.monotonic() - began > self._config.servers.startup_timeout_seconds:
             told = "\n".join(f"  {name}: {refusal.what}" for name, refusal in sent.refusals.items())

@@ -2,16 +2,17 @@
 
     GET  /v1/health           {"instance", "engine", "update_id", "version", "busy"}; no update_id where there are no weights
     POST /v1/generate         a request of `rollout/wire.py`; the rollouts
-    POST /v1/weights/begin    {"update_id", "version", "shared"}: from here on there are no weights
-    POST /v1/weights/bucket   a header of `rollout/buckets.py`, and the bytes unless they are in shared memory
-    POST /v1/weights/finish   {"update_id", "num_buckets"}: from here on there are again
+    POST /v1/weights          the connection becomes a channel (`rollout/channel.py`) of the frames of `rollout/weight_sync.py`:
+                              the first takes the weights away, and when the last has said that all is well, there are others
 
 An answer other than 200 is {"what": …}: 400 for what is no request, 401 without the token, 409 for other weights than the server
-has, 413 for too long a body, 422 where the engine refuses and would again, 500 where it fails, 503 while it is busy.
+has, 413 for too long a body, 422 where the engine refuses and would again, 424 where another server failed, 500 where it fails,
+503 while it is busy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -24,23 +25,26 @@ import socketserver
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.rollout.base import RolloutEngine
 from prism_nemo.rollout.buckets import Assembly
-from prism_nemo.rollout.receiving import SharedMemory, WeightUpdate
+from prism_nemo.rollout.channel import PROTOCOL, Channel, ChannelClosed, FrameTooLong
+from prism_nemo.rollout.receiving import Inlet, UpdateAborted, WeightUpdate
 from prism_nemo.rollout.turns import NobodyWaits, turns_of
-from prism_nemo.rollout.weight_sync import BEGIN, BUCKET, FINISH, UNPROCESSABLE
-from prism_nemo.rollout.wire import MAX_HEADER_BYTES, GenerateRequest, WireError, decode_request, encode_answer, parse_header
+from prism_nemo.rollout.weight_group import GroupError, backend_of, identity_of
+from prism_nemo.rollout.weight_sync import HEALTH, TOO_LONG, UNPROCESSABLE, WEIGHTS
+from prism_nemo.rollout.wire import GenerateRequest, WireError, decode_request, encode_answer
 
-HEALTH, GENERATE = "/v1/health", "/v1/generate"
+GENERATE = "/v1/generate"
 TOKEN_VARIABLE = "PRISM_NEMO_ROLLOUT_TOKEN"
+_CPU = torch.device("cpu")
 _IDLE_SECONDS = 120.0  # without a byte of a request
 _DRAINED = 4  # times the longest body: of a longer one so much is read, so that the client hears why it is refused
 
@@ -99,8 +103,8 @@ class _Gate:
 class EngineHost:
     """The engine and its weights, for any number of threads. The engine itself is called in threads of its own alone."""
 
-    def __init__(self, engine: RolloutEngine, *, name: str, busy_seconds: float = 60.0) -> None:
-        """`busy_seconds`: how long an update waits for what is being generated."""
+    def __init__(self, engine: RolloutEngine, *, name: str, busy_seconds: float = 60.0, device: torch.device = _CPU) -> None:
+        """`busy_seconds`: how long an update waits for what is being generated. `device`: that the engine computes on."""
         self.instance = secrets.token_hex(8)
         self._engine = engine
         self._name = name
@@ -110,7 +114,7 @@ class EngineHost:
         self._gate = _Gate()
         self._updating = threading.Lock()
         self._update: WeightUpdate | None = None  # that is under way
-        self._shared, self._assembly = SharedMemory(), Assembly()
+        self._inlet, self._assembly = Inlet(device), Assembly()
         self._weights: tuple[str, int] | None = None  # id and version of the update that the engine has; None: not a whole one
 
     def health(self) -> dict[str, Any]:
@@ -139,40 +143,42 @@ class EngineHost:
             self._gate.leave()
         return encode_answer(request, rollouts)
 
-    def begin(self, header: dict[str, Any]) -> dict[str, Any]:
-        update_id, version, shared = (header.get(key) for key in ("update_id", "version", "shared"))
-        if not isinstance(update_id, str) or type(version) is not int or not isinstance(shared, str | None):
+    def _begin(self, channel: Channel) -> WeightUpdate:
+        header, _ = channel.receive()
+        update_id, version = header.get("update_id"), header.get("version")
+        if not isinstance(update_id, str) or type(version) is not int:
             raise WireError("not the begin of an update")
         with self._updating:
             if not self._gate.close(self._forget, self._busy_seconds):
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._gate.busy} requests are still being generated")
             self._abort()
-            memory = self._shared.open(shared)
-            self._update = WeightUpdate(self._engine, self._executor, update_id, version, shared=memory, assembly=self._assembly)
-            return {"instance": self.instance, "shares": self._update.shares}
+            self._update = WeightUpdate(self._engine, self._executor, update_id, version, channel, self._assembly)
+            return self._update
 
-    def take(self, header: dict[str, Any], body: Tensor) -> dict[str, Any]:
+    def receive(self, channel: Channel, host: str) -> dict[str, Any]:
+        """An update, all of it; `host` is the address of this end. Raises what `WeightUpdate.wait` does."""
+        update = self._begin(channel)
+        device = self._inlet.device
+        channel.send({"instance": self.instance, "device": identity_of(device), "backend": backend_of(device)})
+        header, _ = channel.receive()
         with self._updating:
-            update = self._current(header)
-            try:
-                update.take(header, body)
-            except BaseException:
-                self._abort()
-                raise
-            return {}
-
-    def finish(self, header: dict[str, Any]) -> dict[str, Any]:
-        with self._updating:
-            update = self._current(header)
-            try:
-                update.finish(header)
-            except BaseException:
-                self._abort()
-                raise
+            if self._update is not update:
+                raise Refused(HTTPStatus.CONFLICT, "another update was begun")
+            update.start(partial(self._inlet.open, header, host))
+        failed: BaseException | None = None
+        try:
+            update.wait()
+        except BaseException as error:
+            failed = error
+        with self._updating:  # what follows is not of another update that begins now
+            if self._update is not update:
+                raise Refused(HTTPStatus.CONFLICT, "another update was begun")
             self._update = None
+            if failed is not None:
+                raise failed
             self._weights = (update.update_id, update.version)
-            _log.info("weights of version %d", update.version)
-            return {"version": update.version}
+        _log.info("weights of version %d", update.version)
+        return {"version": update.version}
 
     def close(self, seconds: float) -> bool:
         """Takes no more requests, and ends the engine; False where it was generating still after so many seconds."""
@@ -181,6 +187,7 @@ class EngineHost:
             if not self._gate.close(self._forget, seconds):
                 return False
         self._executor.shutdown(wait=True)
+        self._inlet.close()
         self._engine.close()
         return True
 
@@ -191,11 +198,6 @@ class EngineHost:
         update, self._update = self._update, None
         if update is not None:
             update.abort()
-
-    def _current(self, header: dict[str, Any]) -> WeightUpdate:
-        if self._update is None or self._update.update_id != header.get("update_id"):
-            raise Refused(HTTPStatus.CONFLICT, "that update is not under way (any more)")
-        return self._update
 
 
 class RolloutServer(ThreadingHTTPServer):
@@ -228,7 +230,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._get)
 
     def do_POST(self) -> None:
-        self._answer(self._post)
+        if self.path == WEIGHTS:
+            self._receive_weights()
+        else:
+            self._answer(self._post)
 
     def _get(self) -> bytes:
         self._check_token()
@@ -239,32 +244,34 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> bytes:
         self._check_token()
         host, length = self.server.engine_host, self._length()
-        if self.path == GENERATE:
-            return host.generate(decode_request(self.rfile.read(length)), self._client_waits)
-        steps: dict[str, Callable[[dict[str, Any], Tensor], dict[str, Any]]] = {
-            BEGIN: lambda header, _: host.begin(header),
-            BUCKET: host.take,
-            FINISH: lambda header, _: host.finish(header),
-        }
-        if self.path not in steps:
+        if self.path != GENERATE:
             raise Refused(HTTPStatus.NOT_FOUND, f"there is no {self.path[:60]}")
-        return _json(steps[self.path](*self._read_parts(length)))
+        return host.generate(decode_request(self.rfile.read(length)), self._client_waits)
 
-    def _read_parts(self, length: int) -> tuple[dict[str, Any], Tensor]:
-        """Header, and the bytes behind it in memory of their own, where tensors can lie."""
-        prefix = self.rfile.read(min(4, length))
-        size = int.from_bytes(prefix, "little")
-        if len(prefix) < 4 or size > min(length - 4, MAX_HEADER_BYTES):
-            raise WireError("a body that is cut short")
-        header = parse_header(self.rfile.read(size))
-        body = torch.empty(length - 4 - size, dtype=torch.uint8)
-        view, filled = memoryview(body.numpy().data), 0
-        while filled < len(view):
-            count = self.rfile.readinto(view[filled:])
-            if not count:
-                raise WireError("a body that is cut short")
-            filled += count
-        return header, body
+    def _receive_weights(self) -> None:
+        """Answers that the connection is a channel from here on, and after its frames with one more that tells the outcome."""
+        refused = self._outcome(self._upgrade)
+        if refused is None or refused[0] != HTTPStatus.OK:
+            self._tell(refused)
+            return
+        self.send_response(HTTPStatus.SWITCHING_PROTOCOLS)
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Upgrade", PROTOCOL)
+        self.end_headers()
+        self.close_connection = True
+        channel = Channel(self.connection, max_body_bytes=self.server.max_body_bytes)
+        outcome = self._outcome(lambda: _json(self.server.engine_host.receive(channel, self.connection.getsockname()[0])))
+        if outcome is not None:
+            with contextlib.suppress(ChannelClosed):
+                channel.send({"status": outcome[0], **json.loads(outcome[1])})
+                channel.drain(_DRAINED * self.server.max_body_bytes)
+
+    def _upgrade(self) -> bytes:
+        self._check_token()
+        self.rfile.read(self._length())
+        if self.headers.get("Upgrade") != PROTOCOL:
+            raise Refused(HTTPStatus.UPGRADE_REQUIRED, f"this is for connections that become {PROTOCOL}")
+        return b""
 
     def _length(self) -> int:
         text = self.headers.get("Content-Length", "")
@@ -298,22 +305,37 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _answer(self, make: Callable[[], bytes]) -> None:
+        self._tell(self._outcome(make))
+
+    def _outcome(self, make: Callable[[], bytes]) -> tuple[int, bytes] | None:
+        """Status and body; None where nobody is there any more to be told."""
         try:
             status, body = int(HTTPStatus.OK), make()
         except Refused as error:
             status, body = error.status, _json({"what": str(error)})
+        except FrameTooLong as error:
+            status, body = TOO_LONG, _json({"what": str(error)})
+        except GroupError as error:
+            status, body = int(HTTPStatus.FAILED_DEPENDENCY), _json({"what": str(error)})
         except WireError as error:
             status, body = int(HTTPStatus.BAD_REQUEST), _json({"what": str(error)})
         except PrismError as error:
             status, body = UNPROCESSABLE, _json({"what": error.what, "where": error.where, "remedy": error.remedy})
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # nobody is there to be told
-            return
+        except (ConnectionError, TimeoutError, ChannelClosed, UpdateAborted):
+            return None
         except Exception as error:
             _log.exception("%s %s failed", self.command, self.path[:60])
             status, body = int(HTTPStatus.INTERNAL_SERVER_ERROR), _json({"what": f"{type(error).__name__}: {error}"[:1000]})
         if status != HTTPStatus.OK:
             _log.warning("%s %s: %d %s", self.command, self.path[:60], status, body.decode()[:300])
+        return status, body
+
+    def _tell(self, outcome: tuple[int, bytes] | None) -> None:
+        if outcome is None:
+            self.close_connection = True
+            return
+        status, body = outcome
+        if status != HTTPStatus.OK:
             self.close_connection = True  # some of the body may not have been read
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

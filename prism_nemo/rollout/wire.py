@@ -21,7 +21,7 @@ from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import Rollout, SamplingParams
 from prism_nemo.rollout.pixels import pack_pixels, unpack_pixels
 
-_LENGTH_BYTES = 4
+LENGTH_BYTES = 4
 MAX_HEADER_BYTES = 16 << 20
 
 
@@ -80,16 +80,16 @@ def unpack(body: bytes | bytearray) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def pack_header(header: Mapping[str, Any]) -> bytes:
     """The start of a body whose rest is raw bytes."""
     text = json.dumps(header, allow_nan=False).encode()
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def unpack_header(body: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
     """The header of a body and the rest of its bytes, in place. Raises WireError."""
-    length = int.from_bytes(body[:_LENGTH_BYTES], "little")
-    if len(body) < _LENGTH_BYTES or length > min(len(body) - _LENGTH_BYTES, MAX_HEADER_BYTES):
+    length = int.from_bytes(body[:LENGTH_BYTES], "little")
+    if len(body) < LENGTH_BYTES or length > min(len(body) - LENGTH_BYTES, MAX_HEADER_BYTES):
         raise WireError(f"a body of {len(body)} bytes is cut short")
-    header = parse_header(bytes(body[_LENGTH_BYTES : _LENGTH_BYTES + length]))
-    return header, memoryview(body)[_LENGTH_BYTES + length :]
+    header = parse_header(bytes(body[LENGTH_BYTES : LENGTH_BYTES + length]))
+    return header, memoryview(body)[LENGTH_BYTES + length :]
 
 
 def parse_header(text: bytes) -> dict[str, Any]:

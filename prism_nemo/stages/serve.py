@@ -51,7 +51,7 @@ def run(config: ServeConfig) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     parent = None if settings.parent_fd is None else _watch_parent(settings.parent_fd)
     with session(ParallelConfig(), config.runtime) as runtime:
-        host = EngineHost(build_engine(config, runtime), name=config.rollout.engine.value)
+        host = EngineHost(build_engine(config, runtime), name=config.rollout.engine.value, device=runtime.device)
         try:
             server = RolloutServer(
                 host, (settings.host, settings.port), token=token, max_body_bytes=settings.max_request_mb << 20

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,10 +27,12 @@ from prism_nemo.config.rollout import RolloutConfig, VLLMConfig
 from prism_nemo.config.schema import DataConfig, ModelConfig, ParallelConfig
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams, WeightsLostError
-from prism_nemo.rollout.exchange import Address, ExchangeError
+from prism_nemo.rollout.channel import PROTOCOL, Channel
+from prism_nemo.rollout.exchange import Address, Connection, ExchangeError
 from prism_nemo.rollout.fleet import LocalMember
 from prism_nemo.rollout.remote import RemoteEngine
-from prism_nemo.rollout.server import GENERATE, HEALTH, TOKEN_VARIABLE, EngineHost
+from prism_nemo.rollout.server import GENERATE, TOKEN_VARIABLE, EngineHost
+from prism_nemo.rollout.weight_sync import HEALTH, WEIGHTS
 from prism_nemo.rollout.wire import GenerateRequest, encode_request
 
 pytestmark = pytest.mark.vllm
@@ -137,8 +139,8 @@ def test_what_nobody_waits_for_is_not_generated(host: EngineHost, monkeypatch: p
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
             client.sendall(f"POST {GENERATE} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             until(lambda: host.health()["busy"] == 1)
-            reply = Address(url, None).post("/v1/weights/begin", [begin_of_an_update()], timeout_seconds=60)
-            assert reply.status == 503 and "1 requests are still being generated" in reply.json()["what"]
+            told = begin_an_update(url)
+            assert told["status"] == 503 and "1 requests are still being generated" in told["what"]
         until(lambda: host.health()["busy"] == 0)
         until(lambda: engine._decoder.idle)
         release.set()
@@ -146,10 +148,12 @@ def test_what_nobody_waits_for_is_not_generated(host: EngineHost, monkeypatch: p
         same(generate(run), 4)
 
 
-def begin_of_an_update() -> bytes:
-    from prism_nemo.rollout.wire import pack_header
-
-    return pack_header({"update_id": "1", "version": 1, "shared": None})
+def begin_an_update(url: str) -> dict[str, Any]:
+    """What the server says to that."""
+    with closing(Connection(Address(url, None))) as connection:
+        channel = Channel(connection.upgrade(WEIGHTS, PROTOCOL, timeout_seconds=60))
+        channel.send({"update_id": "1", "version": 1})
+        return channel.receive(seconds=60)[0]
 
 
 def test_a_request_that_cannot_be_is_refused_alone(host: EngineHost) -> None:
