@@ -127,6 +127,7 @@ class WeightSender:
         self._group: WeightGroup | None = None
         self._members: list[str] = []  # instances, in the order of their ranks
         self._group_id = ""
+        self._unexplained = False  # the last group failed, and no server could be blamed
         self._told = ""  # which transport is in use, as it was logged last
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int, receivers: Sequence[Receiver]) -> SentWeights:
@@ -154,7 +155,9 @@ class WeightSender:
             _each(links, lambda link: link.finish(count))
             if in_group and any(link.refusal is not None for link in links):
                 self._leave_group()
-                _judge(links)
+                self._judge(links)
+            else:
+                self._unexplained = False
         finally:
             for link in links:
                 link.close()
@@ -277,6 +280,21 @@ class WeightSender:
         for link in links:
             link.give_up(what)
 
+    def _judge(self, links: Sequence[_Link]) -> None:
+        """Where one server fails, the group does, and with it the update of all: who still answers is not to blame.
+
+        When all of them answer, the group is formed again; when that happens twice in a row, they all are.
+        """
+        failed = [link for link in links if link.refusal is not None]
+        with ThreadPoolExecutor(len(failed)) as threads:
+            alive = list(threads.map(lambda link: link.is_alive(), failed))
+        if self._unexplained and all(alive):
+            return
+        self._unexplained = all(alive)
+        for link, answers in zip(failed, alive, strict=True):
+            if answers and link.refusal is not None and not link.refusal.final:
+                link.refusal = replace(link.refusal, at_fault=False)
+
     def _leave_group(self) -> None:
         if self._group is not None:
             self._group.abort()
@@ -293,18 +311,6 @@ def _wait_for(links: Sequence[_Link], number: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for link in links:
         link.attempt(partial(link.wait_for, number, deadline))
-
-
-def _judge(links: Sequence[_Link]) -> None:
-    """Where one server fails, the group does, and with it the update of all: who still answers is not to blame, if others are."""
-    failed = [link for link in links if link.refusal is not None]
-    with ThreadPoolExecutor(len(failed)) as threads:
-        alive = list(threads.map(lambda link: link.is_alive(), failed))
-    if all(alive):
-        return
-    for link, answers in zip(failed, alive, strict=True):
-        if answers and link.refusal is not None and not link.refusal.final:
-            link.refusal = replace(link.refusal, at_fault=False)
 
 
 class _Refused(Exception):
