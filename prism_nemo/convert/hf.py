@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ __all__ = [
     "HFReader",
     "HFWriter",
     "copy_assets",
+    "export_rows",
     "export_tensors",
     "has_score_head",
     "hf_assets_directory",
@@ -169,13 +170,19 @@ def export_tensors(
     padded_vocab_size: int | None = None,
     score_head: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (HuggingFace name, tensor), at most one layer's experts in memory at a time.
+    """(HuggingFace name, tensor) of all, at most one layer's experts in memory at a time.
 
     `get_full(name)` returns the full tensor of a canonical Megatron name. It is called once for each, always in the same order,
     so that it may gather over ranks. Raises CheckpointError for experts that transformers 5 would misread.
     """
     check_expert_layouts_differ(config)
-    for mapping in mappings(config, layout=layout, padded_vocab_size=padded_vocab_size, score_head=score_head):
+    rows = mappings(config, layout=layout, padded_vocab_size=padded_vocab_size, score_head=score_head)
+    return export_rows(rows, get_full)
+
+
+def export_rows(rows: Iterable[ParameterMapping], get_full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`export_tensors` of these rows of the mapping."""
+    for mapping in rows:
         if mapping.fused:
             yield mapping.hf_names[0], _fuse(mapping, get_full)
         else:

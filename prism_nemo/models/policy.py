@@ -97,6 +97,7 @@ class PolicyModel(TrainableModel):
             if config.freeze_language_model:
                 freeze(chunk.language_model)
         super().__init__(chunks, hf_config, hf_assets_directory(path), parallel, runtime)
+        self._hf_tensors = HFTensors(self.chunks, self.hf_config)
         self.distribution = distribution
         self.with_entropy = True
 
@@ -105,7 +106,7 @@ class PolicyModel(TrainableModel):
 
     def hf_tensors(self) -> HFTensors:
         """(HuggingFace name, full tensor) of all weights, gathered as they are asked for; updates rollout engines."""
-        return HFTensors(self.chunks, self.hf_config)
+        return self._hf_tensors
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow]) -> list[Tensor]:
         """fp32 [N] log-probabilities of every row's labels, without gradients."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from prism_nemo.convert.hf import HFReader, export_tensors, import_tensors
+from prism_nemo.convert.hf import HFReader, export_rows, export_tensors, import_tensors
 from prism_nemo.convert.ops import Sharding
-from prism_nemo.convert.qwen3_vl import ExpertLayout, canonical_name, mappings
+from prism_nemo.convert.qwen3_vl import ExpertLayout, ParameterMapping, canonical_name, check_expert_layouts_differ, mappings
 from prism_nemo.engine.checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.runtime import on_wire
@@ -102,18 +103,35 @@ def export_hf_tensors(
 
 @dataclass(frozen=True, eq=False)
 class HFTensors:
-    """What `export_hf_tensors` gives, to be iterated as often as one likes: each time the weights of that moment."""
+    """What `export_hf_tensors` gives, to be iterated as often as one likes: each time the weights of that moment.
+
+    Which parameters make which tensors is looked up once; the model's parameters must stay the same objects.
+    """
 
     model: Chunks
     config: Mapping[str, Any]
     layout: ExpertLayout = ExpertLayout.hub
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return export_hf_tensors(self.model, self.config, layout=self.layout)
+        return export_rows(self._rows, self._gather)
 
     def with_separate_experts(self) -> HFTensors:
         """The same with a tensor for each matrix of each expert: views, where the Hub's fused layout is a transposed copy."""
+        return self._separate
+
+    @cached_property
+    def _separate(self) -> HFTensors:
         return replace(self, layout=ExpertLayout.separate)
+
+    @cached_property
+    def _rows(self) -> list[ParameterMapping]:
+        check_expert_layouts_differ(self.config)
+        return mappings(self.config, layout=self.layout)
+
+    @cached_property
+    def _gather(self) -> _Gather:
+        """Made when the tensors are read for the first time, by all ranks: it is a collective."""
+        return _Gather(self.model, self.config, score_head=False)
 
 
 class _Gather:
