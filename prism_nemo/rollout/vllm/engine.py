@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_nemo.config.rollout import RolloutConfig
-from prism_nemo.convert.qwen3_vl import hf_shapes
+from prism_nemo.convert.qwen3_vl import ExpertLayout, hf_shapes
 from prism_nemo.errors import PrismError
+from prism_nemo.models.weights import HFTensors
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.vllm.decoding import Decoder, Generation
@@ -31,7 +32,7 @@ class VLLMEngine(InProcessEngine):
         self._config = config
         self._model = model
         self._merge = model.config["vision_config"]["spatial_merge_size"] ** 2
-        self._names = frozenset(hf_shapes(model.config))
+        self._names = [frozenset(hf_shapes(model.config, layout)) for layout in (ExpertLayout.hub, ExpertLayout.separate)]
         self._weights_version: int | None = None  # None: there are none, or parts of two
         self._asleep: set[str] = set()  # what memory is given back, in vLLM's words
         size = config.vllm.tensor_model_parallel_size
@@ -66,6 +67,8 @@ class VLLMEngine(InProcessEngine):
         self._weights_version = version
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if isinstance(tensors, HFTensors):  # rather than transposed here and transposed back there
+            tensors = tensors.with_separate_experts()
         seen: set[str] = set()
 
         def noted() -> Iterator[tuple[str, Tensor]]:
@@ -74,8 +77,9 @@ class VLLMEngine(InProcessEngine):
                 yield name, tensor
 
         unfilled = frozenset[str]().union(*self._llm.collective_rpc("load_prism_weights", args=(noted(),)))
-        if unfilled or seen != self._names:
-            wrong = sorted(seen ^ self._names) or sorted(unfilled)
+        expected = min(self._names, key=lambda names: len(names ^ seen))  # vLLM reads experts in either layout
+        if unfilled or seen != expected:
+            wrong = sorted(seen ^ expected) or sorted(unfilled)
             raise RolloutError(
                 f"{len(wrong)} tensors are missing or unknown, {wrong[0]} among them",
                 where="rollout.engine",

@@ -28,13 +28,9 @@ class WorkerExtension:
         """Fills the model from HuggingFace's tensors; the parameters that were not."""
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}
-        packs_experts = [module for module in model.modules() if hasattr(getattr(module, "quant_method", None), "moe_kernel")]
-        if current_platform.is_cpu() and not packs_experts:
+        if current_platform.is_cpu():
             with torch.no_grad():
-                return frozenset(expected - model.load_weights(tensors))  # in place: see `_start`
-        if current_platform.is_cpu():  # experts are packed only as their kernel is made
-            for module in packs_experts:
-                module.quant_method.moe_kernel = None
+                return frozenset(expected - model.load_weights(tensors))  # in place: nothing is packed, see `_start`
         initialize_layerwise_reload(model)
         try:
             loaded = model.load_weights(tensors)
