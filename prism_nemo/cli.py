@@ -15,9 +15,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from prism_nemo.errors import ConfigError, PrismError
+
+if TYPE_CHECKING:
+    from prism_nemo.config.compose import Config
 
 PROGRAM = "prism-nemo"
 
@@ -83,6 +86,22 @@ STAGES = {
         "several stages, each from the output of an earlier one",
         "demo=digits experiment.dir=runs/demo",
     ),
+}
+
+# Beside --config, --cfg and --help; what the job scripts in slurm/ call.
+_OPTIONS_OF: dict[str, dict[str, dict[str, Any]]] = {
+    "pipeline": {
+        "--jobs": {"type": Path, "metavar": "FILE"},
+        "--end": {"action": "store_true"},
+    },
+    "serve": {"--of": {"metavar": "STAGE"}},
+}
+_OPTION_HELP = {
+    "pipeline": """
+  --jobs FILE     only make the run directory, and write the stages to do to FILE, for slurm/pipeline.sh
+  --end           only export and summarize what stages have made that ran as jobs of their own""",
+    "serve": """
+  --of STAGE      a server for a run of that stage: settings are the run's, those that it has no use for are left out""",
 }
 
 HELP = f"""\
@@ -195,6 +214,8 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("overrides", nargs="*")
+    for option, settings in _OPTIONS_OF.get(name, {}).items():
+        parser.add_argument(option, **settings)
     options = parser.parse_intermixed_args(arguments)
     if options.help:
         return lambda: _print(_stage_help(name))
@@ -209,13 +230,37 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
 
         text = OmegaConf.to_yaml(compose(name, options.overrides, config_file=options.config))
         return lambda: _print(text)
-    config = load_config(name, options.overrides, config_file=options.config)
+    if name == "pipeline" and (options.jobs or options.end):
+        return _prepare_pipeline_jobs(load_config(name, options.overrides, config_file=options.config), options.jobs)
+    if name == "serve" and options.of:
+        from prism_nemo.config.serving import server_of
+
+        config: Config = server_of(options.of, options.overrides, config_file=options.config)
+    else:
+        config = load_config(name, options.overrides, config_file=options.config)
     validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     device = config.device if isinstance(config, PipelineConfig) else config.runtime.device
     if device == Device.cpu:
         # Megatron is prepared for the CPU where there is no CUDA device: so on a machine that has one, torch must not see it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return lambda: importlib.import_module(STAGES[name].module).run(config)
+
+
+def _prepare_pipeline_jobs(config: Config, jobs: Path | None) -> Callable[[], None]:
+    """What comes before or after the stages of a pipeline that are jobs of their own, with ranks of their own."""
+    from prism_nemo.config.validate import validate
+
+    validate(config)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    def run() -> None:
+        pipeline = importlib.import_module("prism_nemo.stages.pipeline")
+        if jobs is not None:
+            pipeline.write_jobs(config, jobs)
+        else:
+            pipeline.end(config)
+
+    return run
 
 
 def _prepare_convert(arguments: list[str]) -> Callable[[], None]:
@@ -287,7 +332,7 @@ usage: {PROGRAM} {name} [--config FILE] [--cfg] [KEY=VALUE | GROUP=OPTION ...]
 {stage.summary[0].upper()}{stage.summary[1:]}.
 
   --config FILE   a YAML file of settings, over the shipped ones and under those on the command line
-  --cfg           print the composed settings as YAML, and stop
+  --cfg           print the composed settings as YAML, and stop{_OPTION_HELP.get(name, "")}
 
 example
   {PROGRAM} {name} {stage.example}

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every job here has in common. Sourced by the job scripts on the job's first node; not run by itself.
+# What every job here has in common. Sourced by the job scripts on the job's first node; not run by itself. docs/slurm.md
 #
 # Nodes, GPUs, time and the rest are sbatch's: the #SBATCH lines of a script are the defaults, sbatch's own variables
 # (SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT, ...) go before them, and flags before both:
@@ -9,19 +9,32 @@
 # All behind the script's name goes to the command as it stands; `%a` in it becomes the array index.
 #
 # From the environment of sbatch (it hands all of it on):
-#   PRISM_NEMO_HOME           the checkout; otherwise where the script was submitted from
-#   PRISM_NEMO_PYTHON         the Python that has prism-nemo; otherwise .venv/bin/python of the checkout, or python3
-#   PRISM_NEMO_RANKS          processes a node; otherwise one a GPU, or one
-#   PRISM_NEMO_CONTAINER      image to run in: for pyxis (a name or .sqsh file), or an apptainer .sif file
-#   PRISM_NEMO_MOUNTS         more folders that the container sees, separated by commas; the checkout is always one
-#   PRISM_NEMO_MAX_FAILURES   failures without progress after which a job is not started again (3)
-#   PRISM_NEMO_LOGS           folder for the logs of every rank (logs), in a folder of the job's
-#   PRISM_NEMO_NET            network interface between the nodes, where NCCL and gloo choose a wrong one (ib0, eth0)
+#   PRISM_NEMO_HOME             the checkout; otherwise where the script was submitted from
+#   PRISM_NEMO_PYTHON           the Python that has prism-nemo; otherwise .venv/bin/python of the checkout, or python3
+#   PRISM_NEMO_RANKS            processes a node; otherwise one a GPU, or one
+#   PRISM_NEMO_CONTAINER        image to run in: for pyxis (a name or .sqsh file), or an apptainer .sif file
+#   PRISM_NEMO_MOUNTS           more folders that the container sees, separated by commas, beside checkout, logs and current folder
+#   PRISM_NEMO_MAX_FAILURES     ends without progress after which a job is not started again (3)
+#   PRISM_NEMO_LOGS             folder for the logs of every rank (logs), in a folder of the job's
+#   PRISM_NEMO_NET              network interface between the nodes, where NCCL and gloo choose a wrong one (ib0, eth0)
+#   PRISM_NEMO_SRUN             more options for srun, separated by blanks (--mpi=none, --cpu-bind=none)
+#   PRISM_NEMO_ROLLOUT_NODES    so many of the job's nodes, the last ones, run rollout servers and do not train (0)
+#   PRISM_NEMO_ROLLOUT_SERVERS  servers on each of them, which share its GPUs evenly; otherwise one a GPU, or one
 
 set -uo pipefail
 
 readonly EXIT_SAVED=75   # the run was told to stop, and has saved
 readonly EXIT_USER=2     # a mistake in what was asked for: to try again would not help
+readonly FIRST_PORT=12000 PORTS=20000  # below those that the system gives to outgoing connections
+readonly RESEND_SECONDS=10
+
+stopped=  # set once the job was told to stop
+woken=    # set when a signal has ended a `wait`
+srun=     # process id of the run's
+resending=
+# SIGUSR1 comes before the time is up, SIGTERM before a preemption or scancel. Caught from here on: bash would end at once.
+trap 'stop SIGUSR1' USR1
+trap 'stop SIGTERM' TERM
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
 
@@ -32,34 +45,44 @@ die() {
 
 # prism_job COMMAND [KEY=VALUE ...]: the job, from the first line of its log to its end.
 prism_job() {
-    local command=$1
-    shift
-    export PRISM_NEMO_HOME=${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:?not inside of a SLURM job: use sbatch}}
-    home=$PRISM_NEMO_HOME
-    [[ -d $home/prism_nemo ]] || die "$home is no checkout of prism-nemo: submit from there, or set PRISM_NEMO_HOME"
-    cd "$home" || exit
-    arguments=("$command" "${@//%a/${SLURM_ARRAY_TASK_ID:-0}}")
+    prepare "$1"
+    local -a arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-0}}")
     directory=$(run_directory "${arguments[@]}")
-    logs=${PRISM_NEMO_LOGS:-logs}/$(job_name)
-    mkdir -p "$logs" || exit
     say "job $(job_name)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: prism-nemo ${arguments[*]}" \
-        "on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, $(ranks_per_node) rank(s) each, commit $(commit)"
+        "on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, $(ranks_per_node) rank(s) each," \
+        "commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}, logs $logs"
     network
-    PRISM_NEMO_FIRST_END=$(realpath "$logs")/first_end.${SLURM_RESTART_COUNT:-0}
-    export PRISM_NEMO_FIRST_END
+    if ((${PRISM_NEMO_ROLLOUT_NODES:-0} > 0)); then
+        choose_servers
+        arguments+=(rollout.placement=separate "rollout.servers.urls=[$urls]")
+    fi
     run_ranks "${arguments[@]}"
     settle "$(status_of_run $?)"
 }
 
-# The name by which scontrol knows this job, an array's element too.
+# Where things are. $1: the command, for what is said when a folder is missing.
+prepare() {
+    [[ -n ${SLURM_JOB_ID:-} || $1 == pipeline ]] || die "not inside of a SLURM job: sbatch slurm/$1.sh ..."
+    export PRISM_NEMO_HOME=${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+    home=$PRISM_NEMO_HOME
+    [[ -d $home/prism_nemo ]] || die "$home is no checkout of prism-nemo: submit from there, or set PRISM_NEMO_HOME"
+    # The code that runs is this checkout's, whatever is installed, and the commit in the log is true.
+    export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+    logs=${PRISM_NEMO_LOGS:-logs}/$(job_name)
+    mkdir -p "$logs" || exit
+    logs=$(realpath "$logs")
+    export PRISM_NEMO_FIRST_END=$logs/first_end.${SLURM_RESTART_COUNT:-0}
+}
+
+# The name by which scontrol knows this job. An array's last element has the whole array's number: the number alone is not enough.
 job_name() {
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "${SLURM_JOB_ID:-login.$$}"; fi
 }
 
 commit() {
     local name
     name=$(git -C "$home" rev-parse --short HEAD 2>/dev/null) || { echo unknown; return; }
-    git -C "$home" diff --quiet HEAD 2>/dev/null || name+=', changed'
+    git -C "$home" diff --quiet HEAD 2>/dev/null || name+='-dirty'
     echo "$name"
 }
 
@@ -70,14 +93,23 @@ run_directory() {
     echo "$found"
 }
 
-ranks_per_node() { echo "${PRISM_NEMO_RANKS:-${SLURM_GPUS_ON_NODE:-1}}"; }
+# What was asked for (`8`, `h100:8`) goes before what the node has: an exclusive job's steps see the former.
+gpus_per_node() {
+    local asked=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    echo "${asked##*:}"
+}
+
+servers_per_node() { echo "${PRISM_NEMO_ROLLOUT_SERVERS:-$(gpus_per_node)}"; }
+
+ranks_per_node() { echo "${PRISM_NEMO_RANKS:-$(gpus_per_node)}"; }
 
 # How the ranks find one another, and by which network.
 network() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Below the ports that the system gives to outgoing connections; another one at every restart, should the last be in use still.
-    MASTER_PORT=$((12000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+    # Another one at every restart, should the last be in use still.
+    MASTER_PORT=$((FIRST_PORT + (SLURM_JOB_ID * 37 + ${SLURM_RESTART_COUNT:-0}) % PORTS))
     export MASTER_ADDR MASTER_PORT
+    # Both look for the interface by themselves, and take a wrong one where a node has several that are up (docker0, a management net).
     if [[ -n ${PRISM_NEMO_NET:-} ]]; then export NCCL_SOCKET_IFNAME=$PRISM_NEMO_NET GLOO_SOCKET_IFNAME=$PRISM_NEMO_NET; fi
     # A collective that fails must end its process, and with it the job, instead of waiting for the others for ever.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
@@ -87,34 +119,103 @@ network() {
     export PYTHONUNBUFFERED=1
 }
 
+# srun's options for $1 nodes from the job's node number $2 on, with $3 tasks each, in `options`. $4: what the tasks' logs are called;
+# without it they write where this script does.
+step_options() {
+    options=(--nodes="$1" --relative="$2" --ntasks="$(($1 * $3))" --ntasks-per-node="$3"
+        # srun does not inherit it, and would bind a task to a single core; the tasks of a node share what the job has of it.
+        --cpus-per-task="$((${SLURM_CPUS_ON_NODE:-$3} > $3 ? ${SLURM_CPUS_ON_NODE:-$3} / $3 : 1))"
+        --kill-on-bad-exit=1 --wait=0 --unbuffered --export=ALL)
+    if [[ -n ${4:-} ]]; then options+=(--open-mode=append --output="$logs/$4_%t.log" --error="$logs/$4_%t.log"); fi
+    if [[ -n ${PRISM_NEMO_CONTAINER:-} && $PRISM_NEMO_CONTAINER != *.sif ]]; then  # pyxis; apptainer is started by rank.sh
+        options+=(--container-image="$PRISM_NEMO_CONTAINER" --container-workdir="$PWD" --container-mounts="$(mounts)")
+    fi
+    local -a more
+    read -ra more <<<"${PRISM_NEMO_SRUN:-}"
+    options+=("${more[@]}")
+}
+
+# Folders that the container sees, each at its own path.
+mounts() {
+    local folder list=
+    local -A seen=()
+    for folder in "$home" "$PWD" "$logs" ${PRISM_NEMO_MOUNTS:+${PRISM_NEMO_MOUNTS//,/ }}; do
+        [[ -n ${seen[$folder]:-} ]] && continue
+        seen[$folder]=1
+        if [[ $folder == *:* ]]; then list+=,$folder; else list+=,$folder:$folder; fi
+    done
+    echo "${list#,}"
+}
+
+# Where the rollout servers on the last nodes will be, before they are up: in `urls`.
+choose_servers() {
+    local nodes=$PRISM_NEMO_ROLLOUT_NODES node number
+    ((nodes < SLURM_JOB_NUM_NODES)) || die "PRISM_NEMO_ROLLOUT_NODES=$nodes of $SLURM_JOB_NUM_NODES node(s) leaves none that trains"
+    urls=
+    while read -r node; do
+        for ((number = 0; number < $(servers_per_node); number++)); do urls+=,http://$node:$((MASTER_PORT + 1 + number)); done
+    done < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$nodes")
+    urls=${urls#,}
+    # A secret of this start: who does not know it is not answered. It is never written down.
+    PRISM_NEMO_ROLLOUT_TOKEN=${PRISM_NEMO_ROLLOUT_TOKEN:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}
+    export PRISM_NEMO_ROLLOUT_TOKEN
+    say "rollout servers: $urls"
+}
+
+# As long as the run lives, which ends when they do: without them it would only wait. Ended by SIGTERM.
+run_servers() {
+    local -a options
+    local nodes=$PRISM_NEMO_ROLLOUT_NODES servers=
+    trap '' USR1
+    trap '[[ -z $servers ]] || kill -TERM "$servers"; exit' TERM
+    step_options "$nodes" "$((SLURM_JOB_NUM_NODES - nodes))" "$(servers_per_node)" server
+    PRISM_NEMO_SERVE_PORT=$((MASTER_PORT + 1)) setsid srun "${options[@]}" \
+        bash "$home/slurm/rank.sh" serve --of "$@" serve.host=0.0.0.0 &
+    servers=$!
+    wait "$servers"
+    say 'the rollout servers have ended, and with them the run'
+    kill -TERM "$srun" 2>/dev/null
+}
+
 # One task a rank. A rank that ends badly takes the others along within seconds. Its log is beside the job's.
 run_ranks() {
-    local ranks
-    local -a container=()
-    ranks=$(ranks_per_node)
-    if [[ -n ${PRISM_NEMO_CONTAINER:-} && $PRISM_NEMO_CONTAINER != *.sif ]]; then  # pyxis; apptainer is started by rank.sh
-        container=("--container-image=$PRISM_NEMO_CONTAINER" "--container-workdir=$home"
-            "--container-mounts=$home:$home${PRISM_NEMO_MOUNTS:+,$PRISM_NEMO_MOUNTS}")
+    local -a options
+    step_options "$((SLURM_JOB_NUM_NODES - ${PRISM_NEMO_ROLLOUT_NODES:-0}))" 0 "$(ranks_per_node)" rank
+    [[ -z $stopped ]] || return "$EXIT_SAVED"  # told so before it began: there is nothing to save
+    # In a session of its own: a signal for this script must not end srun, which would kill its tasks.
+    touch "$logs/rank_0.log"
+    local -i known
+    known=$(stat --format=%s "$logs/rank_0.log")  # what earlier starts of this job have written
+    setsid srun "${options[@]}" bash "$home/slurm/rank.sh" "$@" &
+    srun=$!
+    tail --bytes=+$((known + 1)) --follow --pid="$srun" "$logs/rank_0.log" &  # the first rank's log is the job's too
+    local tail=$! servers='' status
+    if [[ -n ${urls:-} ]]; then
+        run_servers "$@" &
+        servers=$!
     fi
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ranks))" --ntasks-per-node="$ranks" \
-        --kill-on-bad-exit=1 --wait=60 --open-mode=append --unbuffered --export=ALL \
-        --output="$logs/rank_%t.log" --error="$logs/rank_%t.log" \
-        "${container[@]}" \
-        bash "$home/slurm/rank.sh" "$@" &
-    local srun=$!
-    tail -q -n 0 -F --pid="$srun" "$logs/rank_0.log" 2>/dev/null &  # the first rank's log is the job's too
-    # SIGUSR1 comes before the time is up, SIGTERM before a preemption. srun hands SIGUSR1 on to every rank, and would end them
-    # at once on SIGTERM; they save and end with EXIT_SAVED.
-    trap 'stopped=time; say "SIGUSR1: the run saves"; kill -USR1 "$srun" 2>/dev/null' USR1
-    trap 'stopped=order; say "SIGTERM: the run saves"; kill -USR1 "$srun" 2>/dev/null' TERM
-    local status
     while true; do
+        woken=
         wait "$srun"
         status=$?
-        kill -0 "$srun" 2>/dev/null || break  # otherwise a signal has ended the waiting, not srun
+        [[ -n $woken ]] || break  # otherwise it was the signal that ended the waiting
     done
-    trap - USR1 TERM
+    [[ -z $resending ]] || kill "$resending" 2>/dev/null
+    [[ -z $servers ]] || kill -TERM "$servers" 2>/dev/null
+    wait "$tail"
     return "$status"
+}
+
+# Tells every rank on every node to save and end. Once more every few seconds: srun does not pass on what comes before its tasks run.
+stop() {
+    woken=1
+    [[ -z $stopped ]] || return
+    stopped=1
+    say "$1: the run saves"
+    [[ -n $srun ]] || return
+    kill -USR1 "$srun" 2>/dev/null
+    (trap - USR1 TERM; while sleep "$RESEND_SECONDS"; do kill -USR1 "$srun" 2>/dev/null || exit; done) &
+    resending=$!
 }
 
 # What the first rank that ended badly ended with, and says which: the others were ended for its sake. Without one, what srun did.
@@ -122,46 +223,54 @@ status_of_run() {
     local rank status host
     [[ -f $PRISM_NEMO_FIRST_END ]] || { echo "$1"; return; }
     read -r rank status host <"$PRISM_NEMO_FIRST_END"
-    ((status == EXIT_SAVED)) || say "rank $rank on $host ended first, with status $status: see $logs/rank_$rank.log"
+    ((status == EXIT_SAVED)) || say "rank $rank on $host ended first, with status $status: see $logs/${rank/#[0-9]/rank_&}.log"
     echo "$status"
 }
 
-# Ends the job: done, started again, or failed for good.
+# Ends the job: done, refused, or started again.
 settle() {
-    local status=$1
-    case $status in
+    case $1 in
         0) say 'finished' ;;
-        "$EXIT_USER") say 'the run was refused: see above' ;;
-        "$EXIT_SAVED")
-            if [[ ${stopped:-} == order ]]; then
-                say 'saved; SLURM starts it again if it was preempted'
-            else
-                start_again 'saved before the end of its time'
-            fi
-            ;;
-        *)
-            if progressed; then start_again "failed (status $status), and had made progress"
-            elif (($(failures) < ${PRISM_NEMO_MAX_FAILURES:-3})); then start_again "failed (status $status), time $(failures)"
-            else say "failed (status $status) $(failures) times without progress: it is not started again"; fi
-            ;;
+        "$EXIT_USER") say 'refused, for the reason above: it is not tried again' ;;
+        "$EXIT_SAVED") start_again 'told to stop' ;;
+        *) start_again "${stopped:+told to stop, and then }failed (status $1)" ;;
     esac
-    exit "$status"
+    exit "$1"
 }
 
+# Queues the job again, unless SLURM has taken that into its hands, or there is no end to it.
 start_again() {
+    local known
+    known=$(scontrol show job --oneliner "$(job_name)")
+    if [[ $known != *JobState=RUNNING* ]]; then
+        say "$1; SLURM has ended the job, and starts it again if that was a preemption or a node that failed"
+        return
+    fi
+    # Whoever is preempted often may yet have no time for a step: that is not counted.
+    if [[ $known != *PreemptTime=[0-9]* ]] && ! progressed && (($(failures) >= ${PRISM_NEMO_MAX_FAILURES:-3})); then
+        say "$1, as $(failures) times in a row without progress: it is not started again"
+        return
+    fi
     say "$1: it is queued again"
-    scontrol requeue "$(job_name)" || { say 'SLURM refuses to requeue it'; exit 1; }
-    sleep 600  # until SLURM ends this script
+    scontrol requeue "$(job_name)" || { say 'SLURM refuses to requeue it: submit the same command once more'; return; }
+    trap - USR1 TERM
+    exec sleep 600  # until SLURM ends it
 }
 
-# Whether a step was saved since the last failure. Notes how many failures there were since, and at which step.
+# Whether more was saved than at the last end. Notes how often in a row it was not.
 progressed() {
-    local step last=none count=0
-    step=$(cat "$directory/checkpoints/latest" 2>/dev/null || echo none)
+    local saved last=none count=0
+    saved=$(what_is_saved)
     [[ -f $logs/failures ]] && read -r count last <"$logs/failures"
-    if [[ $step != "$last" ]]; then count=0; fi
-    echo "$((count + 1)) $step" >"$logs/failures"
-    [[ $step != "$last" ]]
+    if [[ $saved == "$last" ]]; then count=$((count + 1)); else count=1; fi
+    echo "$count $saved" >"$logs/failures"
+    [[ $saved != "$last" ]]
 }
 
 failures() { cut -d ' ' -f 1 "$logs/failures"; }
+
+# A word that changes with every checkpoint, and with every record that was sampled. `unknown` where the run directory is.
+what_is_saved() {
+    [[ -n $directory ]] || { echo unknown; return; }
+    { cat "$directory"/{,*/}checkpoints/latest; cat "$directory"/{,*/}parts/rank_*.jsonl | wc -c; } 2>/dev/null | cksum | tr ' ' -
+}

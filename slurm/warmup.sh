@@ -3,7 +3,8 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-#SBATCH --time=04:00:00
+#SBATCH --mem=0
+#SBATCH --time=08:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append

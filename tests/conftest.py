@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from slurm.cluster import missing
 
 # Before torch is imported anywhere: ranks that the tests start would otherwise fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for a model is a mistake
 
-FOLDER_MARKERS = ("distributed", "integration", "gpu")
+FOLDER_MARKERS = ("distributed", "integration", "gpu", "slurm")
 TESTS = Path(__file__).parent
 
 
@@ -28,6 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _skip([item for item in items if item.get_closest_marker("nemo")], "needs the extra `nemo`")
     if importlib.util.find_spec("vllm") is None:
         _skip([item for item in items if item.get_closest_marker("vllm")], "needs vLLM: make test-vllm")
+    for_slurm = [item for item in items if item.get_closest_marker("slurm")]
+    if for_slurm and (why := missing()):
+        _skip(for_slurm, why)
 
 
 def _has_cuda() -> bool:

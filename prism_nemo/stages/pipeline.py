@@ -14,6 +14,7 @@ import importlib
 import json
 import re
 import resource
+import shlex
 import shutil
 import time
 from contextlib import ExitStack
@@ -60,17 +61,64 @@ def run(config: PipelineConfig) -> None:
             if runtime.max_over_all(int(signals.received)) > 0:
                 raise SystemExit(EXIT_INTERRUPTED)
         if runtime.is_main:
-            if config.export is not None:
-                _export(directory / config.export, directory / EXPORTED)
-            write_atomically(directory / SUMMARY, json.dumps(summarize(config, directory), indent=2) + "\n")
-            from prism_nemo.report.command import run as report
+            _end(config, directory)
 
-            report(directory)
+
+def write_jobs(config: PipelineConfig, file: Path) -> None:
+    """The `pipeline` command with `--jobs`, for slurm/pipeline.sh: makes the run directory, runs nothing.
+
+    Writes `file`, which bash reads: `directory`, and a function that calls `submit NAME STAGE "NAMES IT NEEDS" OVERRIDE...` for
+    every stage that has not finished, in order.
+    """
+    validate(config)
+    directory = Path(config.experiment.dir)
+    _prepare(config, directory).release()
+    lines = [f"directory={shlex.quote(str(directory))}", "stages() {", "    :"]
+    for number, stage in enumerate(config.stages):
+        if _has_finished(directory, stage):
+            print(f"{stage.name}: finished already", flush=True)
+            continue
+        overrides = [_resolve(text, directory) for text in stage_overrides(config, stage)]
+        needed = [earlier.name for earlier in config.stages[:number] if _names(overrides, directory / earlier.name)]
+        lines.append("    " + shlex.join(["submit", stage.name, str(stage.stage), " ".join(needed), *overrides]))
+    write_atomically(file, "\n".join([*lines, "}"]) + "\n")
+
+
+def end(config: PipelineConfig) -> None:
+    """The `pipeline` command with `--end`: export, summary and report of stages that ran as jobs of their own."""
+    validate(config)
+    directory = Path(config.experiment.dir)
+    missing = [stage.name for stage in config.stages if not _has_finished(directory, stage)]
+    if missing:
+        raise PrismError(
+            f"not finished: {', '.join(missing)}", where=str(directory), remedy="the same command without --end runs them"
+        )
+    lock = RunLock(directory)
+    _end(config, directory)
+    lock.release()
+
+
+def _names(overrides: list[str], folder: Path) -> bool:
+    """Whether one of these has the folder, or what is in it, for a value."""
+    return any(re.search(rf"{re.escape(str(folder))}(?![\w-])", text) for text in overrides)
+
+
+def _has_finished(directory: Path, stage: PipelineStage) -> bool:
+    return bool(_status(directory / stage.name).get("state") == "finished")
+
+
+def _end(config: PipelineConfig, directory: Path) -> None:
+    from prism_nemo.report.command import run as report
+
+    if config.export is not None:
+        _export(directory / config.export, directory / EXPORTED)
+    write_atomically(directory / SUMMARY, json.dumps(summarize(config, directory), indent=2) + "\n")
+    report(directory)
 
 
 def run_stage(config: PipelineConfig, stage: PipelineStage, directory: Path, runtime: Runtime) -> None:
     """Runs one stage in this process, unless it has finished already."""
-    if _status(directory / stage.name).get("state") == "finished":
+    if _has_finished(directory, stage):
         if runtime.is_main:
             print(f"{stage.name}: finished already", flush=True)
         return

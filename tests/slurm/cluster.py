@@ -30,7 +30,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -43,6 +43,7 @@ SlurmdTimeout=10
 KillWait=5
 MessageTimeout=20
 SlurmctldParameters=enable_configless
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 GresTypes=gpu
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
@@ -97,6 +98,15 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds} s\n{self.logs()}"
             time.sleep(0.2)
         return state
+
+    def clear(self) -> None:
+        """Ends all jobs."""
+        self.run("scancel", "--user=root", check=False)
+        self.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
+        deadline = time.monotonic() + 60
+        while self.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, self.run("squeue")
+            time.sleep(0.1)
 
     def logs(self) -> str:
         files = sorted(self.folder.glob("slurm*.log"))

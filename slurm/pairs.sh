@@ -1,0 +1,13 @@
+#!/bin/bash
+#SBATCH --job-name=prism-pairs
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+source "${PRISM_NEMO_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+prism_job pairs "$@"
