@@ -124,3 +124,9 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
             where="rollout.vllm.tensor_model_parallel_size",
             remedy="choose a divisor of the number of ranks",
         )
+    if rollout.engine is RolloutEngineKind.vllm and separate and size > 1:
+        raise ConfigError(
+            f"an engine over {size} GPUs, on servers whose engines have one each",
+            where="rollout.vllm.tensor_model_parallel_size",
+            remedy="set rollout.vllm.tensor_model_parallel_size=1, or rollout.placement=colocated",
+        )

@@ -265,14 +265,14 @@ def test_a_server_that_is_frozen_comes_back(
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     frozen, sound = members(started)
     urls = [member.receiver.address.url for member in (frozen, sound) if member.receiver is not None]
-    with run_over(urls, request_timeout_seconds=8.0) as run:
+    with run_over(urls, request_timeout_seconds=15.0) as run:
         run.update_weights(policy().hf_tensors(), 5)
         call = start(run)
         until(lambda: health(frozen)["busy"] > 0)
         os.kill(pid_of(frozen), signal.SIGSTOP)
         try:
             same(call.collect(), 5)
-            assert re.search(rf"{urls[0]}: no answer within 8 s; prompt \d+ of call 1 will be sent again", events.text)
+            assert re.search(rf"{urls[0]}: no answer within 15 s; prompt \d+ of call 1 will be sent again", events.text)
             counts = run.metrics()
             assert counts["late_answers"] == (1.0, 1.0) and counts["resent_requests"][0] >= 1
             with pytest.raises(ExchangeError):

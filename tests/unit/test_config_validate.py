@@ -517,6 +517,12 @@ def test_settings_that_are_possible(place: Path, stage: str, overrides: list[str
     validate(load(stage, place, *overrides))
 
 
+def test_an_engine_over_several_gpus_is_refused_on_servers(place: Path) -> None:
+    servers = ("rollout=vllm", "rollout.placement=separate", "rollout.servers.urls=[http://node1:8900]")
+    error = error_of("rlvr", place, *servers, "rollout.vllm.tensor_model_parallel_size=2")
+    assert (error.where, "servers whose engines have one each" in error.what) == ("rollout.vllm.tensor_model_parallel_size", True)
+
+
 def test_vllm_is_refused_where_it_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prism_nemo.config.rollout.importlib.util.find_spec", lambda name: None)
     error = error_of("rlvr", place, "rollout=vllm")

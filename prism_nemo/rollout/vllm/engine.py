@@ -41,7 +41,7 @@ class VLLMEngine(InProcessEngine):
             raise RolloutError(
                 f"{ranks} ranks hold one model, which do not divide into engines of {size}",
                 where="rollout.vllm.tensor_model_parallel_size",
-                remedy="choose a divisor of tensor x pipeline x context parallel size",
+                remedy="choose a divisor of tensor x pipeline x context parallel size; in a rollout server that is 1",
             )
         _check_neighbours(model.group, size)
         self._llm = start_engine(config, model)
