@@ -298,10 +298,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _client_waits(self) -> bool:
         """A client that has given up has closed its side, which reads as an end."""
         poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
         try:
+            poll.register(self.connection, select.POLLIN)
             return not poll.poll(0) or self.connection.recv(1, socket.MSG_PEEK) != b""
-        except OSError:
+        except (OSError, ValueError):  # ValueError: it is closed on this side
             return False
 
     def _answer(self, make: Callable[[], bytes]) -> None:
