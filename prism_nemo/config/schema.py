@@ -27,6 +27,7 @@ from prism_nemo.config.enums import (
     RecomputeGranularity,
     RecomputeModule,
     RolloutCorrection,
+    RolloutEngineKind,
     Routing,
     StageKind,
     TransformerImpl,
@@ -394,6 +395,7 @@ class PipelineConfig:
     device: Device = Device.auto  # runtime.device of every stage
     stages: list[PipelineStage] = field(default_factory=list)  # in the order in which they run
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
+    rollout_engine: RolloutEngineKind | None = None  # rollout.engine of every stage that samples; null: as the stages say
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     export: str | None = None  # the stage whose policy is exported to hf/ of the run directory, for transformers and vLLM
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
-from prism_nemo.config.rollout import RolloutConfig
+from prism_nemo.config.rollout import RolloutConfig, check_rollout
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "timeout"]
 """The end token was sampled, or a text to stop at is complete; `max_new_tokens` were sampled; or time was up, and the tokens are
 what there was by then."""
@@ -237,11 +241,23 @@ def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def with_engine(config: RolloutConfig, device: torch.device, world_size: int) -> RolloutConfig:
+    """The settings with an engine by name: `auto` is vLLM on a GPU where it is installed, otherwise the Megatron engine."""
+    if config.engine is not RolloutEngineKind.auto:
+        return config
+    fast = device.type == "cuda" and importlib.util.find_spec("vllm") is not None
+    config = replace(config, engine=RolloutEngineKind.vllm if fast else RolloutEngineKind.megatron)
+    _log.info("rollout.engine=auto on %s: %s", device.type, config.engine)
+    check_rollout(config, world_size, ahead=True)
+    return config
+
+
 def build_engine(config: RolloutConfig, policy: PolicyModel, data: DataConfig, directory: Path | None = None) -> RolloutEngine:
     """The engine that the configuration names. It has no weights before the first `update_weights`. A collective of all ranks.
 
     directory   of the run: servers that it starts write their logs below it
     """
+    config = with_engine(config, policy.runtime.device, policy.runtime.world_size)
     if config.placement is RolloutPlacement.separate:
         from prism_nemo.rollout.remote import RemoteEngine
 

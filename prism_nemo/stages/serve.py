@@ -30,7 +30,7 @@ from prism_nemo.models.base import build_chunks
 from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.fp8 import layer_kind
-from prism_nemo.rollout.base import RolloutEngine
+from prism_nemo.rollout.base import RolloutEngine, with_engine
 from prism_nemo.rollout.server import TOKEN_VARIABLE, EngineHost, RolloutServer, token_from_environment
 from prism_nemo.run_directory import resolve_model_directory
 
@@ -51,6 +51,7 @@ def run(config: ServeConfig) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     parent = None if settings.parent_fd is None else _watch_parent(settings.parent_fd)
     with session(ParallelConfig(), config.runtime) as runtime:
+        config.rollout = with_engine(config.rollout, runtime.device, 1)
         host = EngineHost(build_engine(config, runtime), name=config.rollout.engine.value, device=runtime.device)
         try:
             server = RolloutServer(

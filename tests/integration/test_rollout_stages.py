@@ -56,6 +56,17 @@ def test_a_run_on_vllm_is_the_run_on_megatron(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+def test_stages_of_one_process_use_one_engine_after_the_other(tmp_path: Path) -> None:
+    """A pipeline's stages would each leave one behind. What the stage before left in it does not show."""
+    from prism_nemo.rollout.vllm import start
+
+    first = rlvr(tmp_path / "first", *VLLM, "trainer.max_steps=2")
+    engines = len(start._engines)
+    assert rlvr(tmp_path / "second", *VLLM, "trainer.max_steps=2") == first
+    assert len(start._engines) == engines
+
+
+@pytest.mark.vllm
 def test_and_on_servers_of_vllm(tmp_path: Path) -> None:
     same_but_for_the_sampler(rlvr(tmp_path / "megatron"), rlvr(tmp_path / "vllm", *VLLM, *SEPARATE))
 

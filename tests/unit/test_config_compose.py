@@ -325,6 +325,20 @@ def test_a_stage_of_a_pipeline_gets_seed_directory_and_both_lists_of_overrides()
     assert (config.trainer.max_steps, config.trainer.log_samples) == (3, 0)
 
 
+def test_a_pipelines_rollout_engine_is_that_of_every_stage_that_samples() -> None:
+    pipeline = load_config("pipeline", ["demo=digits", "rollout_engine=vllm"])
+    assert isinstance(pipeline, PipelineConfig)
+    engines = {
+        stage.name: load_config(
+            str(stage.stage), [text.replace("${", "").replace("}", "") for text in stage_overrides(pipeline, stage)]
+        )
+        for stage in pipeline.stages
+    }
+    sampling = {name: config.rollout.engine.value for name, config in engines.items() if hasattr(config, "rollout")}
+    assert {"pairs", "align", "rlvr", "eval_sft"} <= sampling.keys() and set(sampling.values()) == {"vllm"}
+    assert {"sft", "warmup"} <= engines.keys() - sampling.keys()
+
+
 # The paper's numbers (ALGORITHM.md) are what a stage starts from
 
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from prism_nemo.rollout.base import SamplingParams, rollout_seed
+from prism_nemo.config.enums import RolloutEngineKind
+from prism_nemo.config.rollout import RolloutConfig
+from prism_nemo.errors import ConfigError
+from prism_nemo.rollout.base import SamplingParams, rollout_seed, with_engine
 from prism_nemo.rollout.sampling import Sampler, uniforms
 
 CPU = torch.device("cpu")
@@ -173,3 +176,22 @@ def test_nan_logits_give_nan_and_a_token_of_the_vocabulary() -> None:
     token, log_prob = Sampler(params(), CPU)(logits, torch.tensor([0.5], dtype=torch.float64))
     assert 0 <= token.item() < 5
     assert log_prob.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [("cuda", True, "vllm"), ("cuda", False, "megatron"), ("cpu", True, "megatron"), ("cpu", False, "megatron")],
+)
+def test_the_engine_that_auto_stands_for(device: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed and name == "vllm" else None)
+    assert with_engine(RolloutConfig(), torch.device(device), 1).engine.value == expected
+    for named in (RolloutEngineKind.megatron, RolloutEngineKind.vllm):
+        assert with_engine(RolloutConfig(engine=named), torch.device(device), 1).engine is named
+
+
+def test_auto_is_checked_for_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    hot = RolloutConfig(temperature=2.5)
+    assert with_engine(hot, torch.device("cpu"), 1).temperature == 2.5
+    with pytest.raises(ConfigError, match="vLLM samples at temperatures up to 2"):
+        with_engine(hot, torch.device("cuda"), 1)

@@ -16,7 +16,7 @@ from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.vllm.decoding import Decoder, Generation
 from prism_nemo.rollout.vllm.requests import Request, engine_input
-from prism_nemo.rollout.vllm.start import ServedModel, start_engine
+from prism_nemo.rollout.vllm.start import ServedModel, give_back, start_engine
 
 T = TypeVar("T")
 
@@ -34,7 +34,6 @@ class VLLMEngine(InProcessEngine):
         self._merge = model.config["vision_config"]["spatial_merge_size"] ** 2
         self._names = [frozenset(hf_shapes(model.config, layout)) for layout in (ExpertLayout.hub, ExpertLayout.separate)]
         self._weights_version: int | None = None  # None: there are none, or parts of two
-        self._asleep: set[str] = set()  # what memory is given back, in vLLM's words
         size = config.vllm.tensor_model_parallel_size
         ranks = 1 if model.group is None else model.group.size()
         if ranks % size:
@@ -45,6 +44,9 @@ class VLLMEngine(InProcessEngine):
             )
         _check_neighbours(model.group, size)
         self._llm = start_engine(config, model)
+        asleep = self._llm.llm_engine.is_sleeping()
+        self._asleep = {"weights", "kv_cache"} if asleep else set()  # what memory is given back, in vLLM's words
+        self._closed = False
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._decoder = Decoder(self._llm, config.vllm.draws, shares_scheduling=several and size > 1)
         place = 0 if model.group is None else model.group.rank()
@@ -105,6 +107,13 @@ class VLLMEngine(InProcessEngine):
         if memory in self._asleep:
             self._llm.wake_up(tags=[memory])
             self._asleep.remove(memory)
+
+    def close(self) -> None:
+        """The engine sleeps, for the next one of its kind in this process."""
+        if not self._closed and self._decoder.idle:
+            self._closed = True
+            self.sleep()
+            give_back(self._llm, self._config, self._model)
 
     # Generation
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _CPU_CACHE_GB = 1.0
 _CPU_BLOCK = 32  # tokens: prompts are shared in whole blocks, and vLLM's own default of 128 is longer than many
 _engines: list[Any] = []  # taking one apart would take the process groups with it: they live as long as the process
+_idle: dict[str, list[Any]] = {}  # of them, by what they were started with, those that nobody uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +61,27 @@ class ServedModel:
 
 
 def start_engine(config: RolloutConfig, model: ServedModel) -> Any:
-    """A `vllm.LLM` without weights. A collective of all ranks."""
+    """A `vllm.LLM` without weights that count: one that was given back, where there is one alike. A collective of all ranks."""
+    idle = _idle.get(_kind(config, model))
+    if idle:
+        return idle.pop()
     with _random_state_kept():
         llm = _start(config, model)
     _engines.append(llm)
     return llm
+
+
+def give_back(llm: Any, config: RolloutConfig, model: ServedModel) -> None:
+    """The next stage of this process may use it: it has nothing to do, and its memory is given back."""
+    _idle.setdefault(_kind(config, model), []).append(llm)
+
+
+def _kind(config: RolloutConfig, model: ServedModel) -> str:
+    """Engines of one kind are the same but for weights."""
+    group = None if model.group is None else dist.get_process_group_ranks(model.group)
+    tokenizer = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(model.directory.glob("*token*.json"))]
+    settings = asdict(config.vllm), config.max_batch_size
+    return json.dumps([model.config, str(model.dtype), str(model.device), model.max_length, group, tokenizer, settings])
 
 
 def _start(config: RolloutConfig, model: ServedModel) -> Any:
