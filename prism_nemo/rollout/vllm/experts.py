@@ -1,7 +1,7 @@
 """Experts for vLLM on a CPU as plain matrix products: their weights stay as they are loaded, so that an update is one copy.
 
 vLLM's own kernel reads packed weights, and packing alone takes five (bf16) to twelve (fp32) times as long as copying them. The
-price is decoding at 0.65 to 0.8 of that kernel's speed (`docs/measurements.md`), which a CPU can pay: there it is for tests.
+price is decoding at 0.7 of that kernel's speed (`docs/measurements.md`), which a CPU can pay: there it is for tests.
 """
 
 from __future__ import annotations
