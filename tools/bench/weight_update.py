@@ -121,7 +121,7 @@ def main() -> None:
             engine.update_weights(policy.hf_tensors(), 0)
         else:
             result |= updates(engine, policy, tensors, arguments.repeats)
-        result["tokens_per_second"] = tokens_per_second(engine, policy.chunks[0].shape, arguments.repeats)
+        result["tokens_per_second"] = tokens_per_second(engine, policy.chunks[0].shape, min(arguments.repeats, 3))
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread"
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, **shape, **result}, indent=1))
 
