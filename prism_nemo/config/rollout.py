@@ -35,7 +35,7 @@ class RolloutServersConfig:
     prompts_per_request: int = 1  # with all their responses; more are decoded together, fewer spread over the servers evenly
     requests_per_replica: int | None = None  # under way at a time, of each data-parallel rank; null: docs/rollout_servers.md
     weight_transport: WeightTransport = WeightTransport.auto  # how weights reach the servers
-    weight_bucket_mb: int = 16  # of weights that travel at a time; what the processor's cache holds is quickest on one machine
+    weight_bucket_mb: int = 4  # of weights that travel at a time; what processor caches hold is quickest, between GPUs more is
 
 
 @dataclass

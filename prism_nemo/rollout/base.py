@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from prism_nemo.models.policy import PolicyModel
 
 
+SLICE_SECONDS = 20.0  # of waiting for servers, far below the limit that collectives have
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "timeout"]
@@ -214,8 +217,9 @@ def shared_rollouts(
 ) -> T:
     """What `collect()` gives on the leader of a model's ranks, on all of them. A collective over all ranks.
 
-    When it raises WeightsLostError on any leader, the engine gets its weights back, as `version`, and `retry()` is called on the
-    leaders that lost them before they collect again.
+    It may take longer than collectives are waited for: no rank waits in one for more than a slice of that time. When it raises
+    WeightsLostError on any leader, the engine gets its weights back, as `version`, and `retry()` is called on the leaders that
+    lost them before they collect again.
     """
 
     def attempt() -> T | None:
@@ -224,15 +228,37 @@ def shared_rollouts(
         except WeightsLostError:
             return None
 
+    leads = runtime.is_leader  # a collective: not for some of the ranks alone
     while True:
-        found = runtime.share_from_leader(attempt)
+        found = _in_slices(runtime, leads, attempt)
         lost = found is None
         if not runtime.max_over_all(int(lost)):
             assert found is not None
             return found
         engine.restore_weights(version)
-        if lost and runtime.is_leader:
+        if lost and leads:
             retry()
+
+
+def _in_slices(runtime: Runtime, leads: bool, make: Callable[[], T]) -> T:
+    """`runtime.share_from_leader` of something that takes long, which is made in a thread meanwhile."""
+    if runtime.world_size == 1:
+        return make()
+    made: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    if leads:
+        threading.Thread(target=work, name="collect", daemon=True).start()  # of no concern to a process that ends
+    else:
+        made.set_exception(AssertionError("the leader collects"))
+    while runtime.max_over_all(int(not wait([made], timeout=SLICE_SECONDS).done)):
+        pass
+    return runtime.share_from_leader(made.result)
 
 
 def rollout_seed(run_seed: int, step: int, prompt_key: str, index: int) -> int:

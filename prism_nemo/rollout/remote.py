@@ -29,7 +29,7 @@ from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, Serve
 from prism_nemo.config.schema import DataConfig, ModelConfig, RuntimeConfig, ServeConfig
 from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
-from prism_nemo.rollout.base import PendingGeneration, Rollout, RolloutError, SamplingParams, shared_rollouts
+from prism_nemo.rollout.base import SLICE_SECONDS, PendingGeneration, Rollout, RolloutError, SamplingParams, shared_rollouts
 from prism_nemo.rollout.dispatch import Dispatcher, Failure, Replica
 from prism_nemo.rollout.fleet import Fleet, ForeignMember, Launch, LocalMember, Member
 from prism_nemo.rollout.server import token_from_environment
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from prism_nemo.models.policy import PolicyModel
 
 _MAX_REQUESTS = 64  # to a server, unless more are asked for: each is a connection, and a thread on both sides
-_SLICE_SECONDS = 20.0  # of waiting for servers, far below the limit that collectives have
 _COUNTS = ("resent_requests", "servers_left_out", "late_answers", "lost_answers", "refused_answers", "wrong_answers")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -140,7 +139,7 @@ class RemoteEngine:
 
     def _wait_for_servers(self, began: float) -> bool:
         assert self._fleet is not None
-        return self._fleet.wait(_SLICE_SECONDS, for_all=not self._settled, since=began)
+        return self._fleet.wait(SLICE_SECONDS, for_all=not self._settled, since=began)
 
     def _send_once(self, version: int, began: float) -> list[Replica]:
         """The servers that have taken the weights. Raises RolloutError when it is the weights that they do not take."""
