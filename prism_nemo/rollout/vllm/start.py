@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import vllm
 import vllm._custom_ops
 import vllm.v1.engine.core
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
 from prism_nemo.config.enums import Draws
 from prism_nemo.config.rollout import RolloutConfig
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _CPU_CACHE_GB = 1.0
 _CPU_BLOCK = 32  # tokens: prompts are shared in whole blocks, and vLLM's own default of 128 is longer than many
+_shared_memory_name = _CPUSHMDistributed.make_group_name
 _engines: list[Any] = []  # taking one apart would take the process groups with it: they live as long as the process
 _idle: dict[str, list[Any]] = {}  # of them, by what they were started with, those that nobody uses
 
@@ -101,6 +104,8 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         options["logits_processors"] = [SharedDraws]
     if dist.is_initialized() and dist.get_world_size() > 1:
         options["distributed_executor_backend"] = "external_launcher"
+        if cpu:
+            _name_shared_memory_apart()
     vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *_, **__: None  # the process groups are the training's
     return vllm.LLM(
         str(model.directory),
@@ -126,6 +131,20 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         seed=0,
         **options,
     )
+
+
+def _name_shared_memory_apart() -> None:
+    """vLLM names the memory that ranks share alike in every job of a machine, and a job that was killed leaves its own behind.
+
+    A collective of all ranks.
+    """
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token, src=0)
+
+    def name(communicator: Any) -> str:
+        return token[0] + _shared_memory_name(communicator).strip("/")  # they are not allowed within
+
+    _CPUSHMDistributed.make_group_name = staticmethod(name)
 
 
 @contextmanager
