@@ -243,8 +243,8 @@ def requests_per_replica(config: RolloutConfig, leaders: int, num_rollouts: int)
     given = config.servers.requests_per_replica
     if given is not None:
         return given
-    if config.engine is RolloutEngineKind.megatron:
-        return 1 + 1  # it takes one request after the other
+    if config.engine is not RolloutEngineKind.vllm:
+        return 1 + 1  # one after the other
     return min(_MAX_REQUESTS, math.ceil(config.max_batch_size / (leaders * num_rollouts)) + 1)
 
 
