@@ -75,8 +75,9 @@ submit() {
     [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || flags+=(--account="$SLURM_JOB_ACCOUNT")
     [[ -z ${SLURM_JOB_PARTITION:-} ]] || flags+=(--partition="$SLURM_JOB_PARTITION")
     [[ -z ${SLURM_JOB_QOS:-} ]] || flags+=(--qos="$SLURM_JOB_QOS")
-    # Without the variables of this job: it would hand them on, and the other has its own.
-    id=$(unset "${!SLURM_@}"; sbatch "${flags[@]}" "${more[@]}" "$home/slurm/$script.sh" "$@") || {
+    # Without the variables of this job: it would hand them on, and the other has its own. SLURM_CONF is where SLURM is.
+    id=$(conf=${SLURM_CONF:-}; unset "${!SLURM_@}"; [[ -z $conf ]] || export SLURM_CONF=$conf
+        sbatch "${flags[@]}" "${more[@]}" "$home/slurm/$script.sh" "$@") || {
         ((${#jobs[@]} == 0)) || scancel "${jobs[@]}"
         die "$name was refused: nothing is left of this pipeline in the queue"
     }

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -67,6 +68,7 @@ def missing() -> str | None:
 class Cluster:
     folder: Path
     environment: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]]  # slurmctld, and slurmd by its node
 
     def run(self, *command: str, check: bool = True, **more: object) -> str:
         """Runs one of SLURM's commands; what it printed."""
@@ -99,6 +101,30 @@ class Cluster:
             time.sleep(0.2)
         return state
 
+    def processes(self, node: str) -> list[int]:
+        """Those of jobs on this node."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+    @contextmanager
+    def node_without_power(self, node: str) -> Iterator[None]:
+        """The node's daemons and all processes of jobs there are gone at once; it comes back at the end."""
+        daemon = self.daemons[node]
+        daemon.kill()
+        daemon.wait(10)
+        processes = self.processes(node)
+        parents = {int(Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[1]) for number in processes}
+        steps = [number for number in parents if Path(f"/proc/{number}/comm").read_text().startswith("slurmstepd")]
+        for number in [*steps, *processes]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        yield
+        self.daemons[node] = _start(["slurmd", "-D", "-N", node], self.environment)
+
     def clear(self) -> None:
         """Ends all jobs."""
         self.run("scancel", "--user=root", check=False)
@@ -127,32 +153,28 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/dev/gpu[0-3]\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "PRISM_NEMO_"))}
     environment |= {"SLURM_CONF": str(conf)}
-    found = Cluster(folder, environment)
+    found = Cluster(folder, environment, {})
     with _named_hosts(), _munge(folder):
-        daemons = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
-        processes = [
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-            for command in daemons
-        ]
         try:
+            found.daemons["slurmctld"] = _start(["slurmctld", "-D", "-c"], environment)
+            for node in NODES:
+                found.daemons[node] = _start(["slurmd", "-D", "-N", node], environment)
             _until_idle(found)
             yield found
+            found.clear()
         finally:
-            subprocess.run(
-                ["scancel", "--user=root", "--signal=KILL", "--full"],
-                env=environment,
-                capture_output=True,
-                timeout=30,
-                check=False,
-            )
-            for process in reversed(processes):
+            for process in reversed(found.daemons.values()):
                 process.terminate()
-            for process in processes:
+            for process in found.daemons.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 process.kill()
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _until_idle(found: Cluster) -> None:

@@ -46,7 +46,7 @@ def test_a_mistake_is_told_and_not_tried_again(jobs: Jobs) -> None:
     job = jobs.submit("align", "model.path=nowhere", "data.train=x", "experiment.dir=run", "trainer.max_stpes=2")
     assert jobs.end(job) == "FAILED"
     assert jobs.restarts(job) == 0
-    assert "did you mean trainer.max_steps?" in jobs.log(job)
+    assert "did you mean trainer.max_steps" in jobs.log(job)
     assert "it is not tried again" in jobs.log(job)
 
 
