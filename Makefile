@@ -18,9 +18,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEMO := $(VENV)/nemo
 VLLM := $(VENV)/vllm
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+SLURM_PROGRAMS := slurmctld slurmd sbatch munged
+
+SCRIPTS := --external-sources $(wildcard slurm/*.sh tests/slurm/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test test-vllm test-nemo lint format clean
+.PHONY: help install demo report test test-vllm test-nemo test-slurm slurm lint format clean
 
 help:
 	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
@@ -28,6 +32,7 @@ help:
 	@echo 'make test      all tests that this machine can run'
 	@echo 'make test-vllm those of the rollout engine vLLM alone, which it installs beside $(VENV) (2.4 GB); make test VLLM= leaves them out'
 	@echo 'make test-nemo the tests against NeMo, which it installs beside $(VENV) (450 MB)'
+	@echo 'make test-slurm those of the job scripts alone, in a real SLURM on this machine; as root, and it installs Debian'"'"'s packages'
 	@echo 'make lint      style, types and import rules'
 	@echo 'make format    puts the code into the style that lint wants'
 	@echo 'make install   only makes $(VENV)'
@@ -52,7 +57,7 @@ report: $(INSTALLED)
 	$(BIN)/prism-nemo report runs/demo
 
 # One thread a process: the tests start several ranks, which would otherwise fight for the cores.
-test: $(INSTALLED) $(if $(VLLM),test-vllm)
+test: $(INSTALLED) $(if $(VLLM),test-vllm) slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 test-vllm: $(VLLM)/.installed
@@ -60,6 +65,20 @@ test-vllm: $(VLLM)/.installed
 
 test-nemo: $(NEMO)/.installed
 	OMP_NUM_THREADS=1 $(NEMO)/bin/python -m pytest $(PYTEST_ARGS) tests/unit/test_nemo_integration.py
+
+test-slurm: $(INSTALLED) slurm
+	@for p in $(SLURM_PROGRAMS); do command -v $$p >/dev/null || { echo "make test-slurm needs $$p" >&2; exit 1; }; done
+	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm needs root: the daemons of SLURM start jobs of users' >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/slurm
+
+# SLURM's daemons, where they can be had; otherwise what is missing, and its tests are skipped.
+slurm:
+	@missing=; for p in $(SLURM_PROGRAMS); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES) && exit 0; \
+	fi; \
+	echo "SLURM's tests are left out, for want of$$missing. As root on Debian: apt-get install $(SLURM_PACKAGES)" >&2
 
 # NeMo and vLLM hold some packages back, so each gets an environment of its own, on top of the other one: what fits is used from there.
 define on_top
@@ -88,6 +107,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck $(SCRIPTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
