@@ -1,7 +1,7 @@
 """The command line: parses and checks everything before the heavy imports, so that help and mistakes cost no waiting.
 
 What a command needs is imported when it runs. Exit status: 0, 2 for a `PrismError` (shown without a traceback, unless
-PRISM_NEMO_TRACEBACK=1), 130 when interrupted.
+PRISM_NEMO_TRACEBACK=1), 130 when interrupted; 1 where `doctor` finds a node that cannot train.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ data
 {{data}}
 
 before a job
+  doctor           whether these nodes can train: GPUs, disks, versions, and what is between them
   plan             whether a model, stage and layout fit a cluster, and which layout is quickest
 
 rollouts
@@ -196,11 +197,13 @@ def _prepare(arguments: list[str]) -> Callable[[], None]:
         return _prepare_data(rest)
     if command == "plan":
         return _prepare_plan(rest)
+    if command == "doctor":
+        return _prepare_doctor(rest)
     if command == "report":
         return _prepare_report(rest)
     if command == "compare":
         return _prepare_compare(rest)
-    known = [*STAGES, "convert", "data", "plan", "report", "compare"]
+    known = [*STAGES, "convert", "data", "doctor", "plan", "report", "compare"]
     close = difflib.get_close_matches(command, known, n=1)
     raise ConfigError(
         f"there is no command `{command}`",
@@ -284,6 +287,16 @@ def _prepare_plan(arguments: list[str]) -> Callable[[], None]:
     command.add_arguments(parser)
     options = parser.parse_args(arguments)
     return lambda: command.run(options)
+
+
+def _prepare_doctor(arguments: list[str]) -> Callable[[], None]:
+    from prism_nemo.doctor import command
+
+    if "-h" in arguments or "--help" in arguments:
+        return lambda: _print(command.HELP)
+    parser = Parser("doctor")
+    command.add_arguments(parser)
+    return command.prepare(parser.parse_intermixed_args(arguments), list(STAGES))
 
 
 def _prepare_report(arguments: list[str]) -> Callable[[], None]:
