@@ -220,9 +220,9 @@ def has_score_head(reader: HFReader) -> bool:
 
 def _load_head(path: Path) -> dict[str, Tensor]:
     """`weight`, and `bias` where there is one, of a file that holds a scalar head alone. Nothing but tensors is unpickled."""
-    import pickle
-
     import torch
+
+    from prism_nemo.convert.vetting import load_plain
 
     try:
         if path.suffix == ".safetensors":
@@ -230,10 +230,10 @@ def _load_head(path: Path) -> dict[str, Tensor]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            content = load_plain(path)
+    except Exception as error:  # foreign bytes raise anything
         raise CheckpointError(
-            "the scalar head's file cannot be read safely", where=str(path), remedy="save its state_dict, tensors alone"
+            f"the scalar head's file cannot be read safely: {error}", where=str(path), remedy="save its state_dict, tensors alone"
         ) from error
     content = {"weight": content} if isinstance(content, torch.Tensor) else content
     found: dict[str, Tensor] = {}

@@ -250,15 +250,23 @@ class TorchDistCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        self.objects: set[str] = set()
+        self.object_places: dict[str, list[tuple[Path, int, int]]] = {}  # file, offset and length
         metadata = self._read_index()
+        try:
+            self._take(metadata)
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint's index makes no sense ({error})", where=str(directory / METADATA)) from error
+
+    def _take(self, metadata: Any) -> None:
         places: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         for index, info in (metadata.storage_data or {}).items():
             places[index.fqn].append((index, info))
-        self.tensors: dict[str, StoredTensor] = {}
-        self.objects: set[str] = set()
         for key, entry in metadata.state_dict_metadata.items():
             if type(entry).__name__ != "TensorStorageMetadata":
                 self.objects.add(key)
+                self.object_places[key] = [(self._file(info), info.offset, info.length) for _, info in places[key]]
                 continue
             sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
             dtype = entry.properties.dtype
@@ -281,7 +289,7 @@ class TorchDistCheckpoint:
                 metadata = _IndexUnpickler(file).load()
         except FileNotFoundError as error:
             raise CheckpointError("there is no checkpoint", where=str(self.directory), remedy="a torch_dist folder") from error
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError) as error:
+        except Exception as error:  # foreign bytes raise anything
             raise CheckpointError(f"the checkpoint's index cannot be read ({error})", where=str(path)) from error
         if type(metadata).__name__ not in ("Metadata", "MCoreMetadata"):
             raise CheckpointError("the checkpoint's index is of another kind", where=str(path))
@@ -369,11 +377,11 @@ def empty_object() -> bytes:
 
 def read_content(directory: Path) -> dict[str, Any]:
     """What the writer noted about the checkpoint's content; empty when it noted nothing, or nothing plain."""
-    import torch
+    from prism_nemo.convert.vetting import load_plain
 
     try:
-        common = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError):
+        common = load_plain(directory / COMMON)
+    except (OSError, ValueError):
         return {}
     content = common.get(CONTENT) if isinstance(common, dict) else None
     return content if isinstance(content, dict) else {}

@@ -14,7 +14,6 @@ A model's folder is a checkpoint by itself: stages start from it, `convert expor
 from __future__ import annotations
 
 import json
-import pickle
 import queue
 import shutil
 import textwrap
@@ -27,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from prism_nemo.config.enums import Fp8Recipe
 from prism_nemo.convert.manifest import MANIFEST, check_manifest, seal
 from prism_nemo.convert.torch_dist import OPTIMIZER_UPDATES
+from prism_nemo.convert.vetting import load_plain, vet_checkpoint, vet_objects
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
@@ -160,9 +160,11 @@ def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any]
 def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None) -> None:
     """Loads weights, and with `optimizer` its state too, saved at any layout. A collective.
 
-    Raises CheckpointError when files are missing or have another size than when they were written.
+    Raises CheckpointError when files are missing or have another size than when they were written, and when they hold a pickle
+    that is more than a checkpoint's.
     """
     check_manifest(directory)
+    stored = vet_checkpoint(directory)
     metadata = _metadata()
     state = _sharded_state(model, metadata)
     try:
@@ -175,6 +177,7 @@ def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
         for index, chunk in enumerate(chunks_of(model)):
             if optimizer is None or not _has_fp8_history(chunk):
                 state[f"model{index}"] = _without_extra_states(state[f"model{index}"])
+        vet_objects(stored, (leaf.unique_key for leaf in nested_values(state) if isinstance(leaf, ShardedObject)))
         loaded = dist_checkpointing.load(state, str(directory))
     except (CheckpointingException, CheckpointException, KeyError, OSError) as error:
         raise CheckpointError(
@@ -216,8 +219,8 @@ def _at_hand(optimizer: ModelOptimizer | None) -> AbstractContextManager[None]:
 
 def _read_rng(file: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state: dict[str, Any] = load_plain(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the generators' state cannot be read ({error})",
             where=str(file),
