@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prism_nemo.errors import ConfigError, PrismError
+from prism_nemo.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from prism_nemo.config.compose import Config
@@ -169,6 +171,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, by default the process's. Returns the exit status."""
+    if logging.lastResort is not None:  # what shows warnings where a command sets nothing up
+        logging.lastResort.setFormatter(PrintableFormatter())
     try:
         try:
             run = _prepare(list(sys.argv[1:] if argv is None else argv))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from prism_nemo.printable import printable
+
 
 class PrismError(Exception):
     """A mistake in the input, the configuration or the environment, said so that it can be mended.
 
     `what` went wrong, `where` (a file, a record, a config key) and the `remedy`. The command line prints
     the three and exits with status 2; it shows no traceback. Invariants of our own code are asserts instead.
+    They may quote data, file names and servers: as text, what does not print is escaped, and `where` is one line.
     """
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
@@ -17,11 +20,11 @@ class PrismError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [printable(self.what, lines=True)]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {printable(self.where)}")
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {printable(self.remedy, lines=True)}")
         return "\n".join(lines)
 
 

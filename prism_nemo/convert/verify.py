@@ -26,6 +26,7 @@ from prism_nemo.convert.qwen3_vl import mappings
 from prism_nemo.convert.shards import THREADS
 from prism_nemo.convert.sources import CheckpointSource, HFSource, Source
 from prism_nemo.convert.torch_dist import TorchDistCheckpoint
+from prism_nemo.printable import printable
 
 _RESPONSE = 14  # tokens of the sample responses
 
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> bool:
     """Prints what was found; True when all is the same."""
     verdict = verify(options.hf, options.checkpoint, model=options.model, outputs=not options.tensors_only)
     for name in verdict.different:
-        print(f"differs: {name}")
+        print(f"differs: {printable(name)}")
     print(f"tensors: {verdict.tensors - len(verdict.different)} of {verdict.tensors} are equal, bit for bit")
     for sample, difference in verdict.samples.items():
         print(f"outputs on {sample}: {'equal' if difference == 0 else f'differ by up to {difference:g}'}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_nemo.errors import DataError
+from prism_nemo.printable import printable
 
 _LISTED = 5
 _MIN_TRIED = 1000  # records that the share of bad ones is taken of, at least (or all of the file, where that is less)
@@ -18,6 +19,10 @@ class BadRecord:
     id: str
     where: str
     reason: str
+
+    def __str__(self) -> str:
+        """On one line."""
+        return printable(f"{self.id} [{self.where}]: {self.reason}")
 
     @classmethod
     def from_error(cls, record_id: str, where: str, error: DataError) -> BadRecord:
@@ -63,7 +68,7 @@ def refuse_bad_share(bad: Sequence[BadRecord], *, num_bad: int, num_seen: int, m
 
 def listing(bad: Sequence[BadRecord]) -> str:
     """The first bad records, one an indented line, and how many there are beside them."""
-    listed = "\n".join(f"    {record.id} [{record.where}]: {record.reason}" for record in bad[:_LISTED])
+    listed = "\n".join(f"    {record}" for record in bad[:_LISTED])
     return listed + (f"\n    and {len(bad) - _LISTED} more" if len(bad) > _LISTED else "")
 
 

@@ -25,6 +25,7 @@ from prism_nemo.data.open import data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
 from prism_nemo.data.records import ImageSource, Record
 from prism_nemo.errors import DataError
+from prism_nemo.printable import printable
 from prism_nemo.rewards.format import parse_response
 from prism_nemo.rewards.grader import check_answer
 
@@ -106,9 +107,9 @@ def run(checks: Checks, *, workers: int, as_json: bool) -> bool:
         print(json.dumps({"records": found.records, "broken": broken, "repeated_ids": repeated}, indent=2))
         return not found.broken
     for bad in found.broken:
-        print(f"{bad.id} [{bad.where}]: {bad.reason}")
+        print(bad)
     for one, where, first in found.repeated[:_WARNINGS_SHOWN]:
-        print(f"warning: {one} [{where}]: the id is that of {first} too")
+        print(printable(f"warning: {one} [{where}]: the id is that of {first} too"))
     if len(found.repeated) > _WARNINGS_SHOWN:
         print(f"warning: and {len(found.repeated) - _WARNINGS_SHOWN} more ids that are not the first of their name")
     sys.stdout.flush()

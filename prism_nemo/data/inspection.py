@@ -27,6 +27,7 @@ from prism_nemo.data.open import cache_of, data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
 from prism_nemo.data.records import ImageSource, Record
 from prism_nemo.errors import ConfigError, DataError
+from prism_nemo.printable import printable
 
 if TYPE_CHECKING:
     from prism_nemo.data.chat import ChatEncoder
@@ -188,7 +189,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 def as_text(found: Inspection, data: DataConfig, *, row_tokens: int) -> str:
     """For people."""
-    lines = [f"{file['path']}: {file['records']} records, {file['bytes'] / 1e6:.1f} MB" for file in found.files[:20]]
+    lines = [f"{printable(file['path'])}: {file['records']} records, {file['bytes'] / 1e6:.1f} MB" for file in found.files[:20]]
     if len(found.files) > 20:
         lines.append(f"and {len(found.files) - 20} more files: {found.records} records in all")
     if found.looked_at < found.records:
@@ -265,7 +266,7 @@ def _shown(percentiles: Mapping[str, float]) -> str:
 
 
 def _counts(counts: Mapping[str, int], total: int) -> str:
-    shown = [f"{name} {count} ({count / max(1, total):.0%})" for name, count in list(counts.items())[:12]]
+    shown = [f"{printable(name)} {count} ({count / max(1, total):.0%})" for name, count in list(counts.items())[:12]]
     return ", ".join(shown) + (f", and {len(counts) - 12} more" if len(counts) > 12 else "")
 
 

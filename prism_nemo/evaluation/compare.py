@@ -23,6 +23,7 @@ from prism_nemo.errors import PrismError
 from prism_nemo.evaluation.metrics import CONFIDENCE, resampled_ratios
 from prism_nemo.evaluation.samples import Sample
 from prism_nemo.experiment import SAMPLES
+from prism_nemo.printable import printable
 from prism_nemo.run_directory import read_json_lines, write_atomically
 
 RESULT = "evaluation.json"
@@ -213,7 +214,7 @@ def _flips(comparison: Comparison) -> list[str]:
     for name, ids in (("better", comparison.better), ("worse", comparison.worse)):
         if ids:
             more = f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else ""
-            lines.append(f"{name}: {', '.join(ids[:_LISTED])}{more}")
+            lines.append(printable(f"{name}: {', '.join(ids[:_LISTED])}{more}"))
     left_out = comparison.only_in_a + comparison.only_in_b
     if left_out:
         lines.append(f"left out: {comparison.only_in_a} records only in A, {comparison.only_in_b} only in B")

@@ -12,6 +12,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
+
+from prism_nemo.printable import printable
+from prism_nemo.report.table import as_cell
 
 DASH = "–"
 DECODINGS = ("sampled", "greedy")
@@ -30,9 +34,9 @@ def render_table(content: Mapping[str, Any]) -> Group:
     for section in sections(content):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         for place, heading in enumerate(section.headings):
-            table.add_column(heading.replace("_", "\n"), justify="right" if place else "left", no_wrap=True)
+            table.add_column(Text(printable(heading).replace("_", "\n")), justify="right" if place else "left", no_wrap=True)
         for row in section.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         tables.append(table)
     return Group(*tables)
 
@@ -42,7 +46,7 @@ def render_markdown(content: Mapping[str, Any]) -> str:
     blocks = []
     for section in sections(content):
         rule = ["---", *("---:" for _ in section.headings[1:])]
-        lines = [section.headings, rule, *([cell.replace("|", r"\|") for cell in row] for row in section.rows)]
+        lines = [map(as_cell, section.headings), rule, *(map(as_cell, row) for row in section.rows)]
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     return "\n\n".join(blocks) + "\n"
 

@@ -13,6 +13,7 @@ Whatever is absent is shown as a dash; an arm is every entry that has an accurac
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from prism_nemo.printable import printable
 from prism_nemo.report.arms import in_order
 
 MEASURES = (("accuracy", "answer"), ("caption_accuracy", "caption"), ("format_rate", "format"))
@@ -41,7 +43,7 @@ def render_table(summary: Mapping[str, Any]) -> Group:
     for heading in HEADINGS:  # on two lines: the table fits into 80 columns
         arms.add_column(heading.replace(" ", "\n"), justify="left" if heading == "arm" else "right", no_wrap=True)
     for row in arm_rows(summary):
-        arms.add_row(*row)
+        arms.add_row(*map(_cell, row))
     parts: list[Table | Text] = [arms]
     health = health_rows(summary)
     if health:
@@ -49,7 +51,7 @@ def render_table(summary: Mapping[str, Any]) -> Group:
         for heading in ("", *SEGMENTS, "all"):
             table.add_column(heading, justify="right" if heading else "left")
         for row in health:
-            table.add_row(*row)
+            table.add_row(*map(_cell, row))
         parts.append(table)
     parts.append(Text(_about(summary)))
     return Group(*parts)
@@ -126,4 +128,14 @@ def _duration(seconds: float | None) -> str:
 
 def _markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rule = ["---", *("---:" for _ in headings[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(as_cell, headings), rule, *(map(as_cell, row) for row in rows)))
+
+
+def as_cell(text: str) -> str:
+    """A cell of a Markdown table: names come from files, and Markdown may hold HTML."""
+    return html.escape(printable(text), quote=False).replace("|", r"\|")
+
+
+def _cell(text: str) -> Text:
+    """A cell for the terminal, in which nothing is markup."""
+    return Text(printable(text))

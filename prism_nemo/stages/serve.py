@@ -30,6 +30,7 @@ from prism_nemo.models.base import build_chunks
 from prism_nemo.models.policy import PolicyModel, PolicyModule
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.fp8 import layer_kind
+from prism_nemo.printable import PrintableFormatter
 from prism_nemo.rollout.base import RolloutEngine, with_engine
 from prism_nemo.rollout.server import TOKEN_VARIABLE, EngineHost, RolloutServer, token_from_environment
 from prism_nemo.run_directory import resolve_model_directory
@@ -48,7 +49,9 @@ def run(config: ServeConfig) -> None:
             where=f"serve.host: {settings.host}",
             remedy=f"set the environment variable {TOKEN_VARIABLE} to a secret, here and for the run, or serve.host=127.0.0.1",
         )
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     parent = None if settings.parent_fd is None else _watch_parent(settings.parent_fd)
     with session(ParallelConfig(), config.runtime) as runtime:
         config.rollout = with_engine(config.rollout, runtime.device, 1)
