@@ -240,12 +240,17 @@ settle() {
 
 # Queues the job again, unless SLURM has taken that into its hands, or there is no end to it.
 start_again() {
-    local known
+    local known state
     known=$(scontrol show job --oneliner "$(job_name)")
-    if [[ $known != *JobState=RUNNING* ]]; then
-        say "$1; SLURM has ended the job, and starts it again if that was a preemption or a node that failed"
-        return
-    fi
+    state=${known#*JobState=}
+    state=${state%% *}
+    case $state in
+        # Everything else is a kind of running: SIGNALING, for one, for a moment when it is preempted.
+        COMPLETING | CANCELLED | PREEMPTED | TIMEOUT | DEADLINE | NODE_FAIL | PENDING | REQUEUE* | SPECIAL_EXIT)
+            say "$1; SLURM has ended the job ($state), and starts it again if that was a preemption or a node that failed"
+            return
+            ;;
+    esac
     # Whoever is preempted often may yet have no time for a step: that is not counted.
     if [[ $known != *PreemptTime=[0-9]* ]] && ! progressed && (($(failures) >= ${PRISM_NEMO_MAX_FAILURES:-3})); then
         say "$1, as $(failures) times in a row without progress: it is not started again"

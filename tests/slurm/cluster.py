@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("prism-a", "prism-b")
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 _CONF = """\
 ClusterName=prism
@@ -91,15 +92,20 @@ class Cluster:
         words = self.run("scontrol", "show", "job", job, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(
-        self, job: str, *, states: Sequence[str] = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds: float
-    ) -> str:
+    def wait(self, job: str, *, states: Sequence[str] = ENDS, seconds: float) -> str:
         """Until the job is in one of these states, which it returns."""
         deadline = time.monotonic() + seconds
         while (state := self.show(job)["JobState"]) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds} s\n{self.logs()}"
             time.sleep(0.2)
         return state
+
+    def wait_until_gone(self, job: str) -> None:
+        """Until nothing of a job runs any more."""
+        deadline = time.monotonic() + 60
+        while self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %C %r").startswith("COMPLETING"):
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
 
     def processes(self, node: str) -> list[int]:
         """Those of jobs on this node."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.cluster import Cluster
+from slurm.cluster import ENDS, Cluster
 
 HOME = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in.sh")
@@ -36,6 +36,16 @@ class Jobs:
         """How the job ended: its last state."""
         return self.cluster.wait(job, seconds=PATIENCE)
 
+    def until(self, job: str, holds: Callable[[], object]) -> None:
+        """Waits until something holds of a job that has not ended."""
+        checked = began = time.monotonic()
+        while not holds():
+            time.sleep(0.01)
+            if time.monotonic() - checked > 1.0:
+                checked = time.monotonic()
+                state = self.cluster.show(job)["JobState"]
+                assert state not in ENDS and checked - began < PATIENCE, f"{job} is {state}\n{self.log(job)}"
+
     def restarts(self, job: str) -> int:
         return int(self.cluster.show(job)["Restarts"])
 
@@ -51,10 +61,3 @@ class Jobs:
 
     def rank_log(self, job: str, name: str = "rank_0") -> str:
         return (self.folder / "logs" / job / f"{name}.log").read_text()
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

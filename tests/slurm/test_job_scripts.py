@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from slurm.jobs import HOME, Jobs, wait_until
+from slurm.jobs import HOME, Jobs
 
 # A stand-in that saves a step at every start, as a run does.
 SAVE = "mkdir -p run/checkpoints; echo step_$SLURM_RESTART_COUNT >run/checkpoints/latest; "
@@ -70,7 +70,7 @@ def test_an_element_of_an_array_is_requeued_alone(jobs: Jobs) -> None:
 def test_before_the_end_of_its_time_a_job_saves_and_is_queued_again(jobs: Jobs) -> None:
     does = SAVE + 'trap "exit 75" USR1; [[ -n ${SLURM_RESTART_COUNT:-} ]] && exit 0; while true; do sleep 0.1; done'
     job = jobs.stand_in(does, "experiment.dir=run", PRISM_NEMO_MAX_FAILURES="1")
-    wait_until((jobs.folder / "run" / "checkpoints" / "latest").exists)
+    jobs.until(job, (jobs.folder / "run" / "checkpoints" / "latest").exists)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does, by --signal=B:USR1@...
     assert jobs.end(job) == "COMPLETED"
     assert jobs.restarts(job) == 1
@@ -81,11 +81,12 @@ def test_before_the_end_of_its_time_a_job_saves_and_is_queued_again(jobs: Jobs) 
 def test_a_cancelled_job_saves_and_stays_cancelled(jobs: Jobs) -> None:
     does = SAVE + 'trap "echo saved; exit 75" USR1 TERM; while true; do sleep 0.1; done'
     job = jobs.stand_in(does, "experiment.dir=run")
-    wait_until((jobs.folder / "run" / "checkpoints" / "latest").exists)
+    jobs.until(job, (jobs.folder / "run" / "checkpoints" / "latest").exists)
     jobs.cluster.run("scancel", job)
     assert jobs.end(job) == "CANCELLED"
-    wait_until(lambda: "SLURM has ended the job" in jobs.log(job))
+    jobs.cluster.wait_until_gone(job)
     assert jobs.end(job) == "CANCELLED"
+    assert "SLURM has ended the job" in jobs.log(job)
     assert "saved" in jobs.rank_log(job)
 
 

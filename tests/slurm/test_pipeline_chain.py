@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.stages import tiny_task
-from slurm.jobs import Jobs, wait_until
+from slurm.jobs import Jobs
 
 from prism_nemo.cli import main
 
@@ -78,7 +78,7 @@ def test_a_pipeline_is_a_chain_that_ends_where_a_stage_fails_and_goes_on_there(j
     assert jobs.end(again) == "FAILED"
     assert "jobs of this pipeline are there still" in jobs.log(again)
     run = jobs.folder / "runs" / "mine"
-    wait_until(lambda: state_of(run / "sft") == "running")
+    jobs.until(stages["sft"], lambda: state_of(run / "sft") == "running")
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", stages["sft"])  # out of time: the others wait on
     ends = {name: jobs.end(job) for name, job in stages.items()}
     assert ends == {

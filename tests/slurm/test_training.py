@@ -13,7 +13,7 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.stages import run_configured, run_stage, settings, written
 from slurm.cluster import NODES
-from slurm.jobs import Jobs, wait_until
+from slurm.jobs import Jobs
 
 from prism_nemo.config.compose import load_config
 from prism_nemo.run_directory import read_json_lines
@@ -52,10 +52,8 @@ def steps_logged(run: Path) -> int:
 
 
 def is_saving(run: Path) -> bool:
-    """Whether a checkpoint is there that is not complete yet."""
-    folder = run / "checkpoints"
-    latest = (folder / "latest").read_text().strip() if (folder / "latest").exists() else ""
-    return folder.exists() and any(path.is_dir() and path.name > latest for path in folder.iterdir())
+    """Whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob(".*.partial"))
 
 
 def test_preempted_at_random_moments_and_requeued_it_is_the_same_run(jobs: Jobs, unbroken: Any) -> None:
@@ -74,9 +72,9 @@ def test_preempted_at_random_moments_and_requeued_it_is_the_same_run(jobs: Jobs,
         if moment == "start":  # imports, rendezvous, models
             time.sleep(draw.uniform(0, 6))
         if moment == "save":
-            wait_until(lambda: is_saving(run))
+            jobs.until(job, lambda: is_saving(run))
         if moment == "step":
-            wait_until(lambda: steps_logged(run) > done)  # noqa: B023  (called at once)
+            jobs.until(job, lambda: steps_logged(run) > done)  # noqa: B023  (called at once)
             time.sleep(draw.uniform(0, 0.5))
         assert jobs.cluster.show(job)["JobState"] == "RUNNING", f"it was over before it was disturbed\n{jobs.log(job)}"
         jobs.preempt()
@@ -88,11 +86,11 @@ def test_preempted_at_random_moments_and_requeued_it_is_the_same_run(jobs: Jobs,
 def test_a_node_that_fails_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
     run = jobs.folder / "run"
     job = jobs.submit("align", *align(run), flags="--nodes=2")
-    wait_until(lambda: steps_logged(run) >= 3)
+    jobs.until(job, lambda: steps_logged(run) >= 3)
     with jobs.cluster.node_without_power(NODES[1]):
         # The other rank sees it first; SLURM declares the node down somewhat later, and starts the job again when there are two.
-        wait_until(lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
-        wait_until(lambda: "down" in jobs.cluster.run("sinfo", "-h", "-N", "-n", NODES[1], "-o", "%T"))
+        jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
+        jobs.until(job, lambda: "down" in jobs.cluster.run("sinfo", "-h", "-N", "-n", NODES[1], "-o", "%T"))
     assert jobs.end(job) == "COMPLETED", jobs.log(job)
     assert jobs.restarts(job) >= 1
     assert written(run) == unbroken
@@ -101,9 +99,9 @@ def test_a_node_that_fails_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
 def test_a_node_taken_away_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
     run = jobs.folder / "run"
     job = jobs.submit("align", *align(run), flags="--nodes=2")
-    wait_until(lambda: steps_logged(run) >= 1)
+    jobs.until(job, lambda: steps_logged(run) >= 1)
     jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=down", "reason=test")
-    wait_until(lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
+    jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
     jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=resume")
     assert jobs.end(job) == "COMPLETED", jobs.log(job)
     assert jobs.restarts(job) == 1
@@ -113,7 +111,7 @@ def test_a_node_taken_away_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
 def test_rollout_servers_on_a_node_of_the_same_job(jobs: Jobs, tmp_path: Path) -> None:
     values = settings("rlvr", jobs.folder / "run", "trainer.max_steps=6")
     job = jobs.submit("rlvr", *values, flags="--nodes=2", PRISM_NEMO_ROLLOUT_NODES="1")
-    wait_until(lambda: steps_logged(jobs.folder / "run") >= 2)
+    jobs.until(job, lambda: steps_logged(jobs.folder / "run") >= 2)
     (server,) = [number for number in jobs.cluster.processes(NODES[1]) if "serve" in _command(number)]
     os.kill(server, signal.SIGKILL)  # it is started again, and gets the weights again
     assert jobs.end(job) == "COMPLETED", jobs.log(job)
