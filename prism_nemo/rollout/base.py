@@ -213,13 +213,13 @@ class InProcessEngine(ABC):
 
 
 def shared_rollouts(
-    engine: RolloutEngine, runtime: Runtime, collect: Callable[[], T], version: int, retry: Callable[[], None] = lambda: None
+    runtime: Runtime, collect: Callable[[], T], restore: Callable[[], None], retry: Callable[[], None] = lambda: None
 ) -> T:
     """What `collect()` gives on the leader of a model's ranks, on all of them. A collective over all ranks.
 
     It may take longer than collectives are waited for: no rank waits in one for more than a slice of that time. When it raises
-    WeightsLostError on any leader, the engine gets its weights back, as `version`, and `retry()` is called on the leaders that
-    lost them before they collect again.
+    WeightsLostError on any leader, `restore()` is called on all ranks and gives the engine its weights back, and `retry()` on the
+    leaders that lost them before they collect again.
     """
 
     def attempt() -> T | None:
@@ -235,7 +235,7 @@ def shared_rollouts(
         if not runtime.max_over_all(int(lost)):
             assert found is not None
             return found
-        engine.restore_weights(version)
+        restore()
         if lost and leads:
             retry()
 

@@ -194,7 +194,7 @@ class RemoteEngine:
         self, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, *, num_rollouts_per_prompt: int, seeds: Sequence[int]
     ) -> list[Rollout]:
         pending = self.start(prompts, sampling, num_rollouts_per_prompt=num_rollouts_per_prompt, seeds=seeds)
-        return shared_rollouts(self, self._runtime, pending.collect, self._version)
+        return shared_rollouts(self._runtime, pending.collect, lambda: self.restore_weights(self._version))
 
     def metrics(self) -> MetricSums:
         """What went wrong since the last call, as sums over data-parallel ranks: how often, of each kind. Nothing on other ranks.

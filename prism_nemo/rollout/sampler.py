@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -35,6 +35,7 @@ class Sampler:
     """A policy's engine with all that is needed to sample from it. Without a grader nothing is graded.
 
     weights_version   of the weights that the engine has; -1 where it was given none
+    policy_version    of the policy's weights as they are now; None: they do not change
     """
 
     engine: RolloutEngine
@@ -43,6 +44,7 @@ class Sampler:
     runtime: Runtime
     seed: int
     weights_version: int = -1
+    policy_version: Callable[[], int] | None = None
     _background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grading"), init=False, repr=False)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -50,6 +52,12 @@ class Sampler:
         if version != self.weights_version:
             self.engine.update_weights(tensors, version)
             self.weights_version = version
+
+    def restore_weights(self) -> None:
+        """The engine has lost its weights, and gets the policy's: those of now, which may be newer. A collective."""
+        if self.policy_version is not None:
+            self.weights_version = self.policy_version()
+        self.engine.restore_weights(self.weights_version)
 
     def sleep(self) -> None:
         """Nothing is sampled for a while: gives memory back. `begin` wakes the engine up."""
@@ -133,7 +141,7 @@ class PendingRollouts:
 
     def _settle(self) -> RolloutBatch:
         sampler = self.sampler
-        graded = shared_rollouts(sampler.engine, sampler.runtime, self._wait, sampler.weights_version, self._grade)
+        graded = shared_rollouts(sampler.runtime, self._wait, sampler.restore_weights, self._grade)
         versions = {rollout.weights_version for rollout in graded.rollouts}
         allowed = range(self.oldest_version, max(self.oldest_version, self.sampler.weights_version) + 1)
         if not versions <= set(allowed):

@@ -54,6 +54,7 @@ class BegunSteps(Generic[B]):
         self._last = config.trainer.max_steps - 1
         self._loop, self._policy, self._sampler, self._stream = loop, policy, sampler, stream
         self._begin_sampling = begin
+        sampler.policy_version = lambda: loop.done
         self._current: _OneStep[B] | None = None
         self._next: _OneStep[B] | None = None
         self._saved: Saved | None = None

@@ -10,7 +10,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,11 +27,14 @@ from helpers.rollout_servers import (
     serving,
     until,
 )
+from helpers.rows import one_rank
 from helpers.tiny import IMAGE_TOKEN, VIDEO_TOKEN, make_prompt, tiny_model
 
+from prism_nemo.data.records import Record
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import RolloutError, SamplingParams, WeightsLostError
 from prism_nemo.rollout.exchange import Address, ExchangeError
+from prism_nemo.rollout.sampler import PendingRollouts, Sampler
 from prism_nemo.rollout.wire import GenerateRequest, pack, unpack
 
 PROMPTS = (
@@ -287,6 +292,41 @@ def test_lost_weights_are_restored(dense: PolicyModel, caplog: pytest.LogCapture
         host.asked = 0
         assert_bit_equal(generate(engine), in_process(dense, PROMPTS, SAMPLING, COUNT))
     assert "the server does not have these weights" in caplog.text
+
+
+def test_weights_that_are_lost_after_a_step_come_back_by_their_own_version(dense: PolicyModel) -> None:
+    """Rollouts begun by version 3; the server loses it while the policy becomes version 4: what is missing is of that."""
+
+    def forget(answer: bytes, request: GenerateRequest, number: int) -> bytes:
+        if number == 3:
+            host._weights = None
+        return answer
+
+    host = Host(tiny_model(), forget)
+    (parameter,) = (value for name, value in dense.chunks[0].named_parameters() if name.endswith("final_layernorm.weight"))
+    before = parameter.detach().clone()
+    old = in_process(dense, PROMPTS, SAMPLING, COUNT, version=3)
+    with engine_over(dense, [host], requests_per_replica=1) as engine:
+        encoder: Any = SimpleNamespace(decode=lambda tokens: "")
+        sampler = Sampler(engine, encoder, None, one_rank(), 0, weights_version=3, policy_version=lambda: 4)
+        seeds = range(COUNT * len(PROMPTS))
+        generation = engine.start(PROMPTS, SAMPLING, num_rollouts_per_prompt=COUNT, seeds=seeds)
+        records = [Record(str(number), "") for number in range(len(PROMPTS))]
+        pending = PendingRollouts(sampler, records, PROMPTS, generation, 3)
+        assert pending._graded is not None
+        wait([pending._graded])
+        try:
+            with torch.no_grad():
+                parameter.mul_(torch.linspace(0.2, 3.0, len(before)))  # a step of training
+            new = in_process(dense, PROMPTS, SAMPLING, COUNT, version=4)
+            found = pending.result().rollouts
+        finally:
+            with torch.no_grad():
+                parameter.copy_(before)
+    answered = 3 * COUNT
+    assert_bit_equal(found[:answered], old[:answered])
+    assert_bit_equal(found[answered:], new[answered:])
+    assert sampler.weights_version == 4
 
 
 def test_another_runs_weights_are_not_taken_for_ours(dense: PolicyModel) -> None:
