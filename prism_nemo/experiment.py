@@ -2,7 +2,8 @@
 
     config.yaml         the resolved configuration; config.1.yaml, …: what earlier sessions of the run had, where it differed
     environment.json    versions, host, command, commit; environment.1.json, … likewise
-    status.json         state (running | finished | failed | interrupted), stage, step, started, updated, seconds, sessions
+    status.json         state (running | finished | failed | interrupted), stage, step, started, updated, seconds, sessions;
+                        notices: what a person should know of the run, the last ones
     metrics.jsonl       one line per logged step
     samples.jsonl       what was generated, with its scores
     bad_samples.jsonl   records that could not be used
@@ -14,6 +15,7 @@ No torch here, and TensorBoard is imported only where it is used.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -51,6 +53,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TIME_PREFIX = "time/"
 STATUS_INTERVAL_SECONDS = 1.0
+NOTICES = 20  # that stay
 
 
 class Experiment:
@@ -91,6 +94,9 @@ class Experiment:
         self._sessions = 1
         self._earlier_seconds = 0.0
         self._began = time.monotonic()
+        self._status_written = self._began
+        self._notices: list[str] = []
+        self._unwritten: dict[str, list[Mapping[str, Any]]] = {}  # lines that the disk had no room for
         if is_main:
             self._open(config_yaml, nemo_exp_manager, resume=resume, overwrite=overwrite)
 
@@ -140,6 +146,7 @@ class Experiment:
         self._started = earlier["started"]
         self._sessions = earlier["sessions"] + 1
         self._earlier_seconds = earlier["seconds"]
+        self._notices = earlier.get("notices", [])
         for name in (METRICS, SAMPLES, BAD_SAMPLES):
             keep_json_lines(self.directory / name, lambda _: True)  # a killed process may have left half a line
 
@@ -163,9 +170,7 @@ class Experiment:
         values = {name: value if type(value) is int else float(value) for name, value in metrics.items()}
         assert not values.keys() & {"step", "prefix"}, "names that the line itself uses"
         self._step = step
-        append_json_lines(
-            self.directory / METRICS, [{"step": step, "prefix": prefix, **values, f"{TIME_PREFIX}run_seconds": self.seconds}]
-        )
+        self._append(METRICS, [{"step": step, "prefix": prefix, **values, f"{TIME_PREFIX}run_seconds": self.seconds}])
         if self._use_tensorboard:
             self._write_scalars(step, {f"{prefix}/{name}": value for name, value in values.items()})
         if self._nemo is not None:
@@ -176,7 +181,7 @@ class Experiment:
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends one line `{"step", …row}` per row to samples.jsonl. Values are of JSON's own types; NaN and inf may be."""
         if self.is_main:
-            append_json_lines(self.directory / SAMPLES, [{"step": step, **row} for row in rows])
+            self._append(SAMPLES, [{"step": step, **row} for row in rows])
 
     def record_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lists unusable records in bad_samples.jsonl. A row that is listed already, as after a resume, is not listed twice."""
@@ -184,7 +189,33 @@ class Experiment:
             return
         path = self.directory / BAD_SAMPLES
         listed = {to_json_line(row) for row in read_json_lines(path)} if path.exists() else set()
-        append_json_lines(path, [row for row in rows if to_json_line(row) not in listed])
+        self._append(BAD_SAMPLES, [row for row in rows if to_json_line(row) not in listed])
+
+    def notice(self, text: str) -> None:
+        """Something that a person should know and that does not stop the run: on standard error, and in status.json."""
+        if not self.is_main:
+            return
+        print(f"{self.directory}: {text}", file=sys.stderr, flush=True)
+        self._notices = [*self._notices, f"{_now()} {text}"][-NOTICES:]
+        self._write_status()
+
+    def flush(self) -> None:
+        """Writes the lines that the disk had no room for. OSError when it still has none."""
+        for name in list(self._unwritten):
+            append_json_lines(self.directory / name, self._unwritten[name])
+            del self._unwritten[name]
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends lines, or keeps them in memory until there is room for them: no later line goes before them."""
+        full = name in self._unwritten
+        self._unwritten.setdefault(name, []).extend(rows)
+        try:
+            append_json_lines(self.directory / name, self._unwritten[name])
+        except OSError as error:
+            if not full:
+                self.notice(f"{name} cannot be written ({error}); its lines are kept in memory, and written when they can be")
+        else:
+            del self._unwritten[name]
 
     def has_metrics(self, step: int, prefix: str) -> bool:
         """Whether metrics.jsonl has a line of that step and prefix; on ranks that do not write it, never."""
@@ -247,8 +278,12 @@ class Experiment:
         self._state = state
         if not self.is_main:
             return
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self.flush()
+        except OSError as error:
+            self.notice(f"not everything could be written ({error})")
         self._write_status()
         self._lock.release()
         if self._nemo is not None:  # last: it may wait for a server
@@ -273,8 +308,13 @@ class Experiment:
         }
         if self._error is not None:
             status["error"] = self._error
-        write_atomically(self.directory / STATUS, json.dumps(status, indent=2, ensure_ascii=False) + "\n")
+        if self._notices:
+            status["notices"] = self._notices
         self._status_written = time.monotonic()
+        try:
+            write_atomically(self.directory / STATUS, json.dumps(status, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"{STATUS} cannot be written, the one there is older: {error}", file=sys.stderr, flush=True)
 
     def _event_writer(self) -> EventFileWriter:
         if self._tensorboard is None:
@@ -288,7 +328,11 @@ class Experiment:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._event_writer().add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        try:
+            self._event_writer().add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        except OSError as error:  # its thread's, from an earlier event; it writes no more
+            self._use_tensorboard, self._tensorboard = False, None
+            self.notice(f"TensorBoard's events cannot be written any more in this session: {error}")
 
 
 def read_metrics(directory: Path, *, times: bool = True) -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ MAY_DIFFER = (
     "trainer.limit_val_samples",
     "trainer.save_interval",
     "trainer.keep_last_k",
+    "trainer.max_failed_saves",
     "trainer.max_bad_steps",
     "trainer.log_samples",
 )
@@ -140,10 +141,19 @@ def _finite(value: Any) -> Any:
 
 
 def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends all of the rows, or none: OSError when the disk has no room."""
     text = "".join(to_json_line(row) + "\n" for row in rows)
-    if text:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+    if not text:
+        return
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(text.encode())
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

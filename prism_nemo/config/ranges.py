@@ -120,6 +120,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "limit_val_samples": COUNT,
         "save_interval": COUNT_OR_NONE,
         "keep_last_k": COUNT,
+        "max_failed_saves": COUNT,
         "max_bad_steps": COUNT,
         "log_samples": COUNT_OR_NONE,
     },

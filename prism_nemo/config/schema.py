@@ -167,6 +167,7 @@ class TrainerConfig:
     limit_val_samples: int | None = None  # null: the whole validation file
     save_interval: int = 0  # steps; 0: only at the end
     keep_last_k: int = 2  # checkpoints that stay
+    max_failed_saves: int = 3  # saves in a row that may fail (a full disk) before the run stops; the last of all may not
     max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient before the run stops
     log_samples: int = 4  # rollouts written to samples.jsonl each step
 
@@ -240,6 +241,7 @@ class ExperimentConfig:
 
     dir: str = MISSING  # the run directory: config, metrics, samples, checkpoints
     resume: bool = True  # continue from the latest checkpoint in the directory when there is one
+    resume_from_older: bool = True  # a damaged latest checkpoint: go on from the newest whole one, and say so; false: stop
     overwrite: bool = False  # start anew in a directory that already holds a run
     tensorboard: bool = True  # event files beside metrics.jsonl
     nemo_exp_manager: dict[str, Any] | None = None  # NeMo's exp_manager, by its own keys: metrics go to its loggers too

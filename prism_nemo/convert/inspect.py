@@ -95,7 +95,7 @@ def _checkpoint(path: Path) -> Description:
     result = Description(str(path), "checkpoint (torch_dist)")
     ours = (path / manifest.MANIFEST).is_file()
     if ours:
-        result.problems += manifest.problems(path)
+        result.problems += manifest.problems(path, contents=False)
     elif not is_torch_dist(path):
         result.problems.append("metadata.json is missing")
     try:

@@ -2,23 +2,24 @@
 
     <run>/checkpoints/latest                    the name of the newest complete one
     <run>/checkpoints/step_00000060/
+        checkpoint.json                         size and hash of what is in this folder, and of its models' manifests
         trainer.json                            step, data position, …
         rng_<rank>.pt                           generators of every rank
         policy/  discriminator/                 one torch_dist checkpoint each: weights and optimizer
             hf/                                 config.json, tokenizer, processor
-            manifest.json                       every file and its size: tells a truncated copy from a whole one
+            manifest.json                       size and hash of every file: tells a damaged copy from a whole one
 
 A model's folder is a checkpoint by itself: stages start from it, `convert export` reads it.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import queue
+import os
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,21 +29,20 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from prism_nemo.config.enums import Fp8Recipe
-from prism_nemo.convert.manifest import MANIFEST, check_manifest, seal
+from prism_nemo.convert.files import sync
+from prism_nemo.convert.manifest import MANIFEST, seal
 from prism_nemo.convert.torch_dist import OPTIMIZER_UPDATES
 from prism_nemo.convert.vetting import load_plain, vet_checkpoint, vet_objects
 from prism_nemo.engine.chunks import Chunks, chunks_of
 from prism_nemo.engine.optimizer import ModelOptimizer
 from prism_nemo.engine.runtime import Runtime, rng_state, seed_everything, set_rng_state
+from prism_nemo.engine.wholeness import STEP_MANIFEST, TRAINER, check_together, choose, seal_together
+from prism_nemo.engine.writing import SaveError, raise_what_failed, together, write_in_this_process
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import LATEST, write_atomically
-
-TRAINER = "trainer.json"
 
 
 class Checkpointed(Protocol):
@@ -80,8 +80,9 @@ def save_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None)
     updates = 0 if optimizer is None else optimizer.num_updates
     if optimizer is not None and updates:
         state["optimizer"] = _tensors_alone(optimizer.optimizer.sharded_state_dict(dict(state), metadata=metadata))
-    _write_in_this_process()
+    write_in_this_process()
     dist_checkpointing.save(state, str(directory), content_metadata={OPTIMIZER_UPDATES: updates})
+    raise_what_failed()
 
 
 def _sharded_state(model: Chunks, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -131,39 +132,14 @@ def _unwrapped(leaf: Any) -> Any:
     return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
 
 
-def _write_in_this_process() -> None:
-    """Has Megatron write its files here, in threads, instead of in forked processes with a manager process for the results.
+def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None, *, checked: bool = False) -> None:
+    """Loads weights, and with `optimizer` its state too, saved at any layout. A collective over all ranks.
 
-    A fork of a process with device contexts and communication threads is a hazard, a killed rank would leave its writers waiting
-    for it forever, and the manager's start takes seconds. Saves are waited for anyway.
+    Raises CheckpointError when files are missing or not what was written (unless that was `checked` already), and when they hold
+    a pickle that is more than a checkpoint's.
     """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
-
-
-def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
-    """`FileSystemWriterAsync.write_preloaded_data_multiproc` without processes: a thread for each file."""
-    own: queue.Queue[tuple[int, Any]] = queue.Queue()
-    count: queue.Queue[int] = queue.Queue()
-    with ThreadPoolExecutor(max(1, len(buckets))) as threads:
-        for index, bucket in enumerate(buckets):
-            count.put(index)
-            threads.submit(
-                FileSystemWriterAsync.write_preloaded_data, transforms, index, bucket, own, count, True, use_msc=use_msc
-            )
-    written = dict(own.get_nowait() for _ in buckets)
-    failures = [result for result in written.values() if isinstance(result, Exception)]
-    results.put(failures[0] if failures else written)
-
-
-def load_model(directory: Path, model: Chunks, optimizer: ModelOptimizer | None) -> None:
-    """Loads weights, and with `optimizer` its state too, saved at any layout. A collective.
-
-    Raises CheckpointError when files are missing or have another size than when they were written, and when they hold a pickle
-    that is more than a checkpoint's.
-    """
-    check_manifest(directory)
+    if not checked:
+        check_together(directory)
     stored = vet_checkpoint(directory)
     metadata = _metadata()
     state = _sharded_state(model, metadata)
@@ -217,6 +193,15 @@ def _at_hand(optimizer: ModelOptimizer | None) -> AbstractContextManager[None]:
     return nullcontext() if optimizer is None else optimizer.on_device()
 
 
+def _write_rng(file: Path) -> None:
+    content = io.BytesIO()  # torch.save itself has another error than OSError for a full disk
+    torch.save(rng_state(), content)
+    with file.open("wb") as stream:
+        stream.write(content.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def _read_rng(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = load_plain(file)
@@ -232,59 +217,106 @@ def _read_rng(file: Path) -> dict[str, Any]:
 class CheckpointStore:
     """The `checkpoints` folder of a run."""
 
-    def __init__(self, run_directory: Path, runtime: Runtime, *, keep_last_k: int) -> None:
+    def __init__(self, run_directory: Path, runtime: Runtime, *, keep_last_k: int, from_older: bool = True) -> None:
+        """`from_older`: when the newest checkpoint is damaged, `load` takes the newest that is not."""
         self.folder = run_directory / "checkpoints"
         self.runtime = runtime
         self.keep_last_k = keep_last_k
+        self.from_older = from_older
+        self.notice = ""  # of the last `load`: why it was not the newest one
+        self._damaged: set[str] = set()
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         marker = self.folder / LATEST
         return self.folder / marker.read_text().strip() if marker.is_file() else None
 
-    def save(self, step: int, models: Mapping[str, Checkpointed], trainer: Mapping[str, Any]) -> Path:
-        """Writes step's checkpoint under a temporary name, renames it, moves `latest`, removes the oldest. A collective."""
+    def save(
+        self,
+        step: int,
+        models: Mapping[str, Checkpointed],
+        trainer: Mapping[str, Any],
+        *,
+        before: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Writes step's checkpoint under a temporary name, renames it, moves `latest`, removes the oldest. A collective.
+
+        `before` runs on the main rank first; its OSError counts as the save's. Raises SaveError, on every rank, when something
+        could not be written: then `latest` and what was there are as before, and it can be tried again.
+        """
         final = self.folder / f"step_{step:08d}"
         staging = self.folder / f".{final.name}.partial"
-        if self.runtime.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.runtime.barrier()
-        for name, model in models.items():
-            with model.runtime.layout.active(), _at_hand(model.optimizer):
-                save_model(staging / name, model.chunks, model.optimizer)
-        torch.save(rng_state(), staging / f"rng_{self.runtime.rank}.pt")
-        self.runtime.barrier()
-        if self.runtime.is_main:
-            for name, model in models.items():
-                model.save_assets(staging / name / "hf")
-                seal(staging / name)
-            (staging / TRAINER).write_text(json.dumps({**trainer, **self._ranks, "step": step}))
-            if final.exists():
-                shutil.rmtree(final)
-            staging.rename(final)
-            write_atomically(self.folder / LATEST, final.name)
-            self._drop_oldest(final)
-        self.runtime.barrier()
+        try:
+            self._write(staging, step, models, trainer, before)
+            with together(self.runtime, final):
+                if self.runtime.is_main:
+                    self._put_in_place(staging, final)
+        except SaveError:
+            if self.runtime.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
         return final
 
-    def load(self, models: Mapping[str, Checkpointed]) -> dict[str, Any] | None:
-        """Loads the newest checkpoint into the models and returns its trainer state; None when there is none. A collective.
+    def _write(
+        self,
+        staging: Path,
+        step: int,
+        models: Mapping[str, Checkpointed],
+        trainer: Mapping[str, Any],
+        before: Callable[[], None],
+    ) -> None:
+        with together(self.runtime, staging):
+            if self.runtime.is_main:
+                before()
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+        for name, model in models.items():
+            with (
+                together(self.runtime, staging),
+                model.runtime.layout.active(),
+                _at_hand(model.optimizer),
+            ):
+                save_model(staging / name, model.chunks, model.optimizer)
+        with together(self.runtime, staging):
+            _write_rng(staging / f"rng_{self.runtime.rank}.pt")
+            if self.runtime.is_main:
+                (staging / TRAINER).write_text(json.dumps({**trainer, **self._ranks, "step": step}))
+                for name, model in models.items():
+                    model.save_assets(staging / name / "hf")
+        for name in models:
+            with together(self.runtime, staging):
+                seal_together(staging / name, self.runtime)
+        with together(self.runtime, staging):
+            if self.runtime.is_main:
+                seal(staging, manifest=STEP_MANIFEST)
 
+    def _put_in_place(self, staging: Path, final: Path) -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        sync(self.folder)
+        write_atomically(self.folder / LATEST, final.name)
+        sync(self.folder)
+        self._damaged.discard(final.name)
+        self._drop_oldest(final)
+
+    def load(self, models: Mapping[str, Checkpointed]) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into the models and returns its trainer state; None when there is none. A collective.
+
+        All ranks read and hash the files first. When `latest` names a damaged one, the newest older one that is whole is taken,
+        and `notice` says so; CheckpointError when there is none, or without `from_older`.
         Generators are restored when the layout is the same; with another they are seeded from the step.
         """
-        directory = self.runtime.broadcast_from_main(self.latest() if self.runtime.is_main else None)
-        if directory is None:
+        self.notice = ""
+        choice = choose(self.folder, self.runtime, from_older=self.from_older)
+        if choice is None:
             return None
-        if not (directory / TRAINER).is_file():
-            raise CheckpointError(
-                f"{LATEST} names a checkpoint that is not there",
-                where=str(directory),
-                remedy=f"write the name of a complete step folder into {self.folder / LATEST}",
-            )
+        self.notice = choice.notice
+        self._damaged = {path.name for path, _ in choice.skipped}
+        directory = choice.directory
         for name, model in models.items():
             with model.runtime.layout.active(), _at_hand(model.optimizer):
-                load_model(directory / name, model.chunks, model.optimizer)
+                load_model(directory / name, model.chunks, model.optimizer, checked=True)
         trainer: dict[str, Any] = json.loads((directory / TRAINER).read_text())
         if all(trainer[key] == value for key, value in self._ranks.items()):
             set_rng_state(_read_rng(directory / f"rng_{self.runtime.rank}.pt"))
@@ -298,7 +330,10 @@ class CheckpointStore:
         return {"world_size": self.runtime.world_size, "layout": list(self.runtime.layout.sizes)}
 
     def _drop_oldest(self, newest: Path) -> None:
-        """Keeps the last ones up to `newest`. Later steps are those of a line that somebody went back from: they go first."""
-        steps = sorted(self.folder.glob("step_*"), key=lambda path: (path.name <= newest.name, path.name))
+        """Keeps the last ones up to `newest`. First go damaged ones and later steps, of a line that somebody went back from."""
+        steps = sorted(
+            self.folder.glob("step_*"),
+            key=lambda path: (path.name not in self._damaged, path.name <= newest.name, path.name),
+        )
         for old in steps[: max(0, len(steps) - self.keep_last_k)]:
             shutil.rmtree(old)

@@ -31,6 +31,7 @@ from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
+from prism_nemo.engine.writing import SaveError
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.progress import StepProgress
@@ -86,11 +87,17 @@ class StageLoop:
         self.directory = Path(config.experiment.dir)
         self.stage = stage
         self.experiment = open_experiment(stage, config, runtime)
-        self.checkpoints = CheckpointStore(self.directory, runtime, keep_last_k=config.trainer.keep_last_k)
+        self.checkpoints = CheckpointStore(
+            self.directory,
+            runtime,
+            keep_last_k=config.trainer.keep_last_k,
+            from_older=config.experiment.resume_from_older,
+        )
         self.done = 0  # steps
         self._bad_steps = 0
         self._bad_listed = 0
         self._saved_step = 0
+        self._failed_saves = 0  # in a row
         self._signals = StopSignals()
         self._times: dict[str, float] = {}
 
@@ -128,6 +135,8 @@ class StageLoop:
     def _resume(self, trainer: Trainer) -> int:
         """Loads the newest checkpoint and returns its step; 0 when there is none."""
         state = self.checkpoints.load(trainer.models)
+        if self.checkpoints.notice:
+            self.experiment.notice(self.checkpoints.notice)
         if state is None:
             self.experiment.rewind(0)
             return 0
@@ -148,7 +157,7 @@ class StageLoop:
         last, stop, due = done == settings.max_steps, self._anyone_was_told_to_stop(), self._validation_is_due(done)
         saves = last or stop or bool(settings.save_interval and done % settings.save_interval == 0)
         if saves:
-            self.save(trainer, done)
+            self.save(trainer, done, may_fail=not last and not stop)
         if due and not stop:
             self.validate(trainer, done)
             due, stop = False, self._anyone_was_told_to_stop()
@@ -221,11 +230,24 @@ class StageLoop:
         if metrics:
             self.experiment.log_metrics(done, metrics, prefix="validation")
 
-    def save(self, trainer: Trainer, done: int) -> None:
-        """Saves the state behind step `done` (from 1), unless it is saved already. A collective."""
-        if done > self._saved_step:
-            self.checkpoints.save(done, trainer.models, {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps})
-            self._saved_step = done
+    def save(self, trainer: Trainer, done: int, *, may_fail: bool = False) -> None:
+        """Saves the state behind step `done` (from 1), unless it is saved already. A collective.
+
+        One that `may_fail`, as on a full disk, leaves the earlier checkpoints as they are and only tells so, until
+        `trainer.max_failed_saves` have in a row. Raises SaveError otherwise.
+        """
+        if done <= self._saved_step:
+            return
+        state = {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps}
+        try:
+            self.checkpoints.save(done, trainer.models, state, before=self.experiment.flush)
+        except SaveError as error:
+            self._failed_saves += 1
+            if not may_fail or self._failed_saves >= self.config.trainer.max_failed_saves:
+                raise
+            self.experiment.notice(f"step {done}: {error.what}. Going on; saving is tried again when it is due next")
+            return
+        self._saved_step, self._failed_saves = done, 0
 
     def _anyone_was_told_to_stop(self) -> bool:
         return self.runtime.max_over_all(int(self._signals.received)) > 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.stages import run_stage, settings, tiny_task, trainer_of, written
 
-from prism_nemo.engine.checkpoint import MANIFEST
+from prism_nemo.convert.manifest import MANIFEST
 from prism_nemo.errors import ConfigError
 from prism_nemo.run_directory import LATEST
 from prism_nemo.stages.loop import EXIT_INTERRUPTED, StageLoop

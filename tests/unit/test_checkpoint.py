@@ -19,8 +19,9 @@ from torch import Tensor
 
 from prism_nemo.config.enums import DecayStyle, Precision
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from prism_nemo.convert.manifest import MANIFEST, check_manifest
 from prism_nemo.engine import checkpoint as checkpoint_module
-from prism_nemo.engine.checkpoint import MANIFEST, CheckpointStore, check_manifest, is_model_checkpoint, load_model
+from prism_nemo.engine.checkpoint import CheckpointStore, is_model_checkpoint, load_model
 from prism_nemo.engine.runtime import rng_state, set_rng_state
 from prism_nemo.errors import CheckpointError
 from prism_nemo.models.base import TrainableModel
@@ -318,12 +319,15 @@ def test_a_checkpoint_without_its_manifest_is_incomplete(copy: Path) -> None:
 
 @pytest.mark.parametrize("names", ["step_00000099", "no/such/folder"])
 def test_latest_that_names_nothing(names: str, copy: Path) -> None:
-    latest = copy / "checkpoints" / LATEST
-    latest.write_text(names)
-    with pytest.raises(CheckpointError, match="names a checkpoint that is not there") as caught:
-        load(copy)
+    (copy / "checkpoints" / LATEST).write_text(names)
+    with pytest.raises(CheckpointError, match="the checkpoint is not there") as caught:
+        CheckpointStore(copy, one_rank(), keep_last_k=1, from_older=False).load({"policy": policy()})
     assert names in str(caught.value.where)
-    assert str(latest) in str(caught.value.remedy)
+    store = CheckpointStore(copy, one_rank(), keep_last_k=1)
+    state = store.load({"policy": policy()})
+    assert state is not None
+    assert state["step"] == 3
+    assert f"not from {Path(names).name}" in store.notice
 
 
 def test_another_models_checkpoint_does_not_fit(saved: Path) -> None:
