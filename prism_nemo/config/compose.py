@@ -31,6 +31,7 @@ from prism_nemo.config.layers import (
     read_shipped_document,
     split_overrides,
 )
+from prism_nemo.config.safety import keep_secrets_out
 from prism_nemo.config.schema import (
     AlignConfig,
     CurateConfig,
@@ -91,6 +92,7 @@ def compose(stage: str, overrides: Sequence[str] = (), *, config_file: Path | No
         raise ConfigError(f"there is no stage `{stage}`", remedy=did_you_mean(stage, SCHEMAS) or f"one of {', '.join(SCHEMAS)}")
     for name in OUTPUT_REFERENCES:
         OmegaConf.register_new_resolver(name, lambda of, name=name: f"${{{name}:{of}}}", replace=True)
+    keep_secrets_out()
     schema = SCHEMAS[stage]
     config = copy.deepcopy(_defaults(schema))
     for layer in _layers(stage, overrides, config_file):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prism_nemo.config.keys import did_you_mean
+from prism_nemo.config.safety import check_yaml, read_text
 from prism_nemo.errors import ConfigError
 
 SELF = "_self_"
@@ -151,9 +152,10 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tupl
 def parse_yaml_value(text: str, *, where: str) -> Any:
     """The YAML value of one override's text: a number, true, null, a list, …  Raises ConfigError when it is not YAML."""
     try:
+        check_yaml(text, where=where)
         return _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        what = f"`{text}` cannot be read as a YAML value: {first_line(error)}"
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        what = f"`{text:.200}` cannot be read as a YAML value: {first_line(error)}"
         raise ConfigError(what, where=where, remedy="quote it, or mend its brackets") from error
 
 
@@ -166,8 +168,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("there is no such configuration file", where=str(path), remedy="check the path")
     try:
         # OmegaConf's loader, unlike PyYAML's own, reads 1e-5 as a number and refuses a key that is given twice.
+        check_yaml(read_text(path), where=str(path))
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         what = f"this file cannot be read as YAML: {error}"
         raise ConfigError(what, where=str(path), remedy="mend the line it names") from error
     if not isinstance(config, DictConfig):

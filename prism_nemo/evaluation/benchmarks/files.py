@@ -17,6 +17,7 @@ from prism_nemo.errors import DataError
 SUFFIXES = (".parquet", ".jsonl", ".json")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ROWS_AT_ONCE = 64  # a parquet row holds up to seven images
+_LONGEST_LITERAL = 100_000  # characters; Python's parser takes time and memory by the hundredfold
 _LOOKS_LIKE_A_CHOICE = re.compile(r"\W*(?:(?:option|choice)\s+)?[A-Za-z]\W*", re.IGNORECASE)
 
 
@@ -52,6 +53,8 @@ class Row:
         """A column of texts: a list, one written as a Python literal, or nothing."""
         value: Any = self.values.get(column)
         if isinstance(value, str):
+            if len(value) > _LONGEST_LITERAL:
+                raise DataError(f"`{column}` has {len(value)} characters, the limit is {_LONGEST_LITERAL}", where=self.where)
             try:
                 value = ast.literal_eval(value) if value.strip() else None
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
