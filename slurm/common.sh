@@ -18,6 +18,7 @@
 #   PRISM_NEMO_LOGS             folder for the logs of every rank (logs), in a folder of the job's
 #   PRISM_NEMO_NET              network interface between the nodes, where NCCL and gloo choose a wrong one (ib0, eth0)
 #   PRISM_NEMO_SRUN             more options for srun, separated by blanks (--mpi=none, --cpu-bind=none)
+#   PRISM_NEMO_DOCTOR           not empty: `prism-nemo doctor` looks at all nodes first, and the job fails where one is not healthy
 #   PRISM_NEMO_ROLLOUT_NODES    so many of the job's nodes, the last ones, run rollout servers and do not train (0)
 #   PRISM_NEMO_ROLLOUT_SERVERS  servers on each of them, which share its GPUs evenly; otherwise one a GPU, or one
 
@@ -52,6 +53,8 @@ prism_job() {
         "on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, $(ranks_per_node) rank(s) each," \
         "commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}, logs $logs"
     network
+    [[ -f $logs/failures ]] || echo "0 $(what_is_saved)" >"$logs/failures"
+    if [[ -n ${PRISM_NEMO_DOCTOR:-} ]]; then examine "${arguments[@]}"; fi
     if ((${PRISM_NEMO_ROLLOUT_NODES:-0} > 0)); then
         choose_servers
         arguments+=(rollout.placement=separate "rollout.servers.urls=[$urls]")
@@ -145,6 +148,16 @@ mounts() {
         if [[ $folder == *:* ]]; then list+=,$folder; else list+=,$folder:$folder; fi
     done
     echo "${list#,}"
+}
+
+# Whether the nodes can do it. Nothing is tried again: a node that is not healthy stays so.
+examine() {
+    local -a options
+    step_options "$SLURM_JOB_NUM_NODES" 0 "$(ranks_per_node)"
+    PRISM_NEMO_FIRST_END=$logs/doctor_end setsid srun "${options[@]}" bash "$home/slurm/rank.sh" doctor "$@" && return
+    [[ -z $stopped ]] || return
+    say 'not healthy, as the doctor says above: not started'
+    exit 1
 }
 
 # Where the rollout servers on the last nodes will be, before they are up: in `urls`.
@@ -264,9 +277,9 @@ start_again() {
 
 # Whether more was saved than at the last end. Notes how often in a row it was not.
 progressed() {
-    local saved last=none count=0
+    local saved last count
     saved=$(what_is_saved)
-    [[ -f $logs/failures ]] && read -r count last <"$logs/failures"
+    read -r count last <"$logs/failures"
     if [[ $saved == "$last" ]]; then count=$((count + 1)); else count=1; fi
     echo "$count $saved" >"$logs/failures"
     [[ $saved != "$last" ]]

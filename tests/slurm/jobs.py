@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +23,23 @@ class Jobs:
 
     def submit(self, script: str, *arguments: str, flags: str = "", **variables: str) -> str:
         """`sbatch FLAGS slurm/SCRIPT.sh ARGUMENTS` with one GPU a node where the flags do not say otherwise; the job's id."""
-        environment = {"PRISM_NEMO_HOME": str(HOME), "PRISM_NEMO_PYTHON": self.python} | variables
+        environment = self._environment(variables)
         gpus = [] if script in ("convert", "pipeline") else ["--gpus-per-node=1"]
         return self.cluster.submit(
             *gpus, *flags.split(), str(HOME / "slurm" / f"{script}.sh"), *arguments, cwd=self.folder, environment=environment
         )
+
+    def call(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:
+        """Runs a script as a user does who has not submitted it: status, and what it says."""
+        command = ["bash", HOME / "slurm" / f"{script}.sh", *arguments]
+        environment = self.cluster.environment | self._environment(variables)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        return done.returncode, done.stderr
+
+    def _environment(self, variables: dict[str, str]) -> dict[str, str]:
+        return {"PRISM_NEMO_HOME": str(HOME), "PRISM_NEMO_PYTHON": self.python} | variables
 
     def stand_in(self, does: str, *arguments: str, script: str = "align", flags: str = "", **variables: str) -> str:
         """A job whose processes run a line of bash in place of the run."""

@@ -42,6 +42,16 @@ def test_what_fails_is_tried_again_and_given_up_without_progress(jobs: Jobs) -> 
     assert jobs.restarts(going_on) == 3
 
 
+def test_a_job_on_a_node_that_is_not_healthy_does_not_start(jobs: Jobs) -> None:
+    does = "[[ $SLURMD_NODENAME == prism-a ]] && exit 0; echo a fan has stopped; exit 1"
+    job = jobs.stand_in(does, "experiment.dir=run", flags="--nodes=2", PRISM_NEMO_DOCTOR="1")
+    assert jobs.end(job) == "FAILED"
+    assert jobs.restarts(job) == 0
+    assert "doctor align experiment.dir=run: rank 1 of 2" in jobs.log(job)
+    assert "a fan has stopped" in jobs.log(job)
+    assert not (jobs.folder / "logs" / job / "rank_0.log").exists()
+
+
 def test_a_mistake_is_told_and_not_tried_again(jobs: Jobs) -> None:
     job = jobs.submit("align", "model.path=nowhere", "data.train=x", "experiment.dir=run", "trainer.max_stpes=2")
     assert jobs.end(job) == "FAILED"
@@ -121,3 +131,6 @@ def test_the_scripts_pass_their_command_and_need_their_checkout(jobs: Jobs, tmp_
         assert jobs.end(job) == "COMPLETED"
         assert jobs.rank_log(job).startswith(f"{script} --given x: rank 0 of 1")
     assert jobs.end(lost) == "FAILED"
+    status, said = jobs.call("align")
+    assert status == 2
+    assert "sbatch slurm/align.sh" in said

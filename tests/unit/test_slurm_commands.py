@@ -15,9 +15,10 @@ import pytest
 
 HOME = Path(__file__).parents[2]
 WRITES_DOWN = f"""#!{sys.executable}
-import json, os, sys
+import json, os, sys, time
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+time.sleep(60 if "serve" in sys.argv else 1)  # servers are ended; and written down before the run is over
 """
 NAMES_NODES = "#!/bin/bash\n[[ $1 == show && $2 == hostnames ]] && printf 'n1\\nn2\\nn3\\n'\n"
 
