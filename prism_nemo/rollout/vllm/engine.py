@@ -65,7 +65,6 @@ class VLLMEngine(InProcessEngine):
         assert forgotten, "vLLM keeps keys and values of the weights before"
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
-        self._decoder.clean()
         self._weights_version = version
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -112,6 +111,9 @@ class VLLMEngine(InProcessEngine):
         """The engine sleeps, for the next one of its kind in this process."""
         if not self._closed and self._decoder.idle:
             self._closed = True
+            if self._decoder.spoilt:
+                self.wake_up()
+                self._decoder.clean()
             self.sleep()
             give_back(self._llm, self._config, self._model)
 

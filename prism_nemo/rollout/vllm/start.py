@@ -119,6 +119,7 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         enforce_eager=settings.enforce_eager or cpu,
         enable_prefix_caching=settings.enable_prefix_caching,
         enable_sleep_mode=not cpu,
+        async_scheduling=False,  # a step computed ahead would go on with responses that have been ended
         logprobs_mode="processed_logprobs",
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
         limit_mm_per_prompt={"image": 1, "video": 0},  # for what the start reserves; it does not limit prompts
