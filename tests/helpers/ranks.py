@@ -14,10 +14,12 @@ When a rank fails or the time is up, every rank is stopped, and the error shows 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib.util
 import os
 import pickle
+import random
 import resource
 import signal
 import socket
@@ -48,7 +50,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         work = Path(folder)
         job = {"file": function.__code__.co_filename, "function": function.__qualname__, "arguments": arguments}
         (work / "job.pickle").write_bytes(pickle.dumps(job))
-        port = _free_port()
+        port = free_port()
         ranks = [_start(work, rank, world_size, port) for rank in range(world_size)]
         try:
             problem = _wait(ranks, timeout_seconds)
@@ -61,10 +63,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         raise RankError(f"{function.__qualname__} on {world_size} ranks: {problem}\n{shown}")
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """One that stays free until the ranks have it: below those that the system gives to whoever connects somewhere."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(work: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
