@@ -110,7 +110,7 @@ def _alone(place: Place, gpus: int, report: _Report, limit: float) -> list[Findi
     port = free_port()
     places = [replace(place, rank=rank, local_rank=rank, world_size=count, master_address="127.0.0.1") for rank in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        results = list(pool.map(lambda one: run_all_reduce(one, [list(range(count))], gpus, limit, port), places))
+        results = list(pool.map(lambda one: run_all_reduce(one, Alone(), [list(range(count))], gpus, limit, port), places))
     report.rates = results[0][1]
     return [finding for findings, _ in results for finding in findings]
 

@@ -54,6 +54,8 @@ class Meeting(Protocol):
     def clock_offset(self) -> float:
         """Seconds that the first rank's clock is ahead of this one's, within half of the time an answer takes."""
 
+    def missing(self) -> list[int]: ...
+
     def leave(self) -> None: ...
 
 
@@ -67,6 +69,9 @@ class Alone:
 
     def clock_offset(self) -> float:
         return 0.0
+
+    def missing(self) -> list[int]:
+        return []
 
     def leave(self) -> None:
         pass
@@ -130,6 +135,9 @@ class Host:
                 if "clock" in line:
                     _send(connection, {"time": time.time()})
                     continue
+                if "missing" in line:
+                    _send(connection, {"missing": self._missing()})
+                    continue
                 found = self._speak(rank, line["round"], line["value"])
                 values = found.values if line["to_all"] or rank == 0 else []
                 _send(connection, {"values": values, "ended": sorted(found.ended), "silent": sorted(found.silent)})
@@ -166,8 +174,12 @@ class Host:
                     self._changed.wait(min(left, _BEAT_SECONDS))
             return state.result
 
+    def _missing(self) -> list[int]:
+        with self._changed:
+            return sorted(self._ended | self._given_up | {rank for rank in self._heard if self._is_silent(rank)})
+
     def _is_silent(self, rank: int) -> bool:
-        return rank in self._heard and time.monotonic() - self._heard[rank] > _SILENT_SECONDS
+        return rank in self._heard and time.monotonic() - self._heard[rank] > min(_SILENT_SECONDS, self._limit)
 
 
 class Guest:
@@ -205,6 +217,10 @@ class Guest:
             after = time.time()
             offsets.append((after - before, theirs - (before + after) / 2))
         return min(offsets)[1]
+
+    def missing(self) -> list[int]:
+        """Ranks that are known to have ended or stopped, at once."""
+        return list(self._ask({"missing": True}, self._limit)["missing"])
 
     def leave(self) -> None:
         with contextlib.suppress(OSError):

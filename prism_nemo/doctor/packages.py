@@ -36,8 +36,9 @@ def declared() -> tuple[str, list[str], dict[str, list[str]]]:
 
 
 def _without_marker(requirement: Requirement) -> str:
-    requirement.marker = None
-    return str(requirement)
+    bare = Requirement(str(requirement))
+    bare.marker = None
+    return str(bare)
 
 
 def check_packages() -> list[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _LAST_BYTES = 2000
 _DEATH_SECONDS = 0.5
+_ASK_SECONDS = 1.0
 
 
 class ProbeFailed(Exception):
@@ -71,20 +73,35 @@ class Probe:
         """Until the child says that it is there. Raises ProbeFailed."""
         self._wait(lambda: self._at == at)
 
-    def result(self) -> Any:
-        """What the child found; kills it when its time is up. Raises ProbeFailed."""
-        self._wait(lambda: self._value is not None)
+    def result(self, in_vain: Callable[[], str | None] = lambda: None) -> Any:
+        """What the child found; kills it when its time is up. Raises ProbeFailed.
+
+        in_vain   asked every second: why there is no point in waiting any longer, if there is none
+        """
+        while True:
+            try:
+                self._wait(lambda: self._value is not None, at_most=_ASK_SECONDS)
+                break
+            except TimeoutError:
+                why = in_vain()
+            if why:
+                self.kill()
+                raise ProbeFailed(f"was left {self._at}, because {why}")
         self.kill()
         assert self._value is not None
         return self._value[0]
 
-    def _wait(self, happened: Any) -> None:
+    def _wait(self, happened: Callable[[], bool], at_most: float = math.inf) -> None:
+        """Raises ProbeFailed, or TimeoutError after `at_most` seconds."""
+        end = time.monotonic() + at_most
         with self._changed:
             while not happened():
-                left = self._deadline - time.monotonic()
-                if self._over or left <= 0:
+                now = time.monotonic()
+                if self._over or now >= self._deadline:
                     break
-                self._changed.wait(left)
+                if now >= end:
+                    raise TimeoutError
+                self._changed.wait(min(self._deadline, end) - now)
             done, over = happened(), self._over
         if not done:
             self.kill()

@@ -141,11 +141,18 @@ def check_all_reduce(
     """Findings of this rank, and what it measured. nodes: the ranks of each. gpus: that this rank sees."""
     on_gpu = all(count > 0 for count in say(meeting, gpus))
     port = say(meeting, free_port() if place.rank == 0 else None)[0]
-    return run_all_reduce(place, nodes, gpus if on_gpu else 0, limit, port)
+    return run_all_reduce(place, meeting, nodes, gpus if on_gpu else 0, limit, port)
 
 
-def run_all_reduce(place: Place, nodes: list[list[int]], gpus: int, limit: float, port: int) -> tuple[list[Finding], Any]:
+def run_all_reduce(
+    place: Place, meeting: Meeting, nodes: list[list[int]], gpus: int, limit: float, port: int
+) -> tuple[list[Finding], Any]:
     """This rank's part. port: where the first rank waits. gpus: 0 for gloo on the CPU."""
+
+    def in_vain() -> str | None:
+        missing = meeting.missing()
+        return f"rank {', '.join(map(str, missing[:8]))} is missing" if missing else None
+
     arguments = {
         "rank": place.rank,
         "nodes": nodes,
@@ -156,7 +163,7 @@ def run_all_reduce(place: Place, nodes: list[list[int]], gpus: int, limit: float
     }
     environment = {"TORCHELASTIC_USE_AGENT_STORE": "False"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     try:
-        told = Probe("all_reduce", arguments, limit=limit, environment=environment).result()
+        told = Probe("all_reduce", arguments, limit=limit, environment=environment).result(in_vain)
     except ProbeFailed as problem:
         remedy = "a rank that ended is the cause for others; else NCCL_DEBUG=INFO, PRISM_NEMO_NET, and the checks above"
         return [failed("all-reduce", f"rank {place.rank} {problem}", remedy)], None
