@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError when it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"not a readable JSON file ({error})", where=str(path)) from error
     if not isinstance(content, dict):
         raise CheckpointError("not a JSON object", where=str(path))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.data.items import Block, ItemFile
+from prism_nemo.data.parquet_growth import check_growth, group_bytes, growing_columns
 from prism_nemo.errors import DataError, PrismError
 
 MAX_GROUP_BYTES = 2**30  # of one row group in memory
@@ -62,7 +63,8 @@ class ParquetItems:
             with pq.ParquetFile(path) as file:
                 metadata = file.metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-                self.blocks: list[Block] | None = [Block(group.num_rows, group.total_byte_size) for group in groups]
+                self.blocks: list[Block] | None = [Block(group.num_rows, group_bytes(group, MAX_GROUP_BYTES)) for group in groups]
+                self._growing = growing_columns(metadata, MAX_GROUP_BYTES)
                 self.digest = _digest(path, metadata.serialized_size)
         except Exception as error:  # decoders of foreign bytes raise anything, here and below
             raise DataError(f"the file is not readable parquet: {error}", where=str(path)) from error
@@ -100,8 +102,12 @@ class ParquetItems:
         self._refuse_change()
         assert self.blocks is not None
         try:
-            with pq.ParquetFile(self._file) as file:
+            with pq.ParquetFile(self._file, read_dictionary=self._growing) as file:
                 table = file.read_row_group(group, use_threads=False)
+            if self._growing:
+                check_growth(table, MAX_GROUP_BYTES)
+        except DataError:
+            raise
         except Exception as error:
             raise self._damaged(group, error) from error
         GROUPS.add((self._identity, group), table, self.blocks[group].num_bytes)
@@ -111,12 +117,15 @@ class ParquetItems:
         """A row of a group that is too large to be kept, going on from the row read before it."""
         if self._place is None or self._place.group != group or row < self._place.first:
             self._refuse_change()
-            self._place = _Place(group, _batches(self._file, group))
+            self._place = _Place(group, _batches(self._file, group, self._growing))
         place = self._place
         try:
             while row >= place.first + len(place.rows):
                 place.first += len(place.rows)
                 place.rows = next(place.batches)
+        except DataError:
+            self._place = None
+            raise
         except Exception as error:
             self._place = None
             raise self._damaged(group, error) from error
@@ -152,11 +161,13 @@ class _Place:
     rows: list[Any] = field(default_factory=list)
 
 
-def _batches(path: Path, group: int) -> Iterator[list[Any]]:
+def _batches(path: Path, group: int, growing: list[str]) -> Iterator[list[Any]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, read_dictionary=growing) as file:
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
+            if growing:
+                check_growth(batch, MAX_GROUP_BYTES)
             yield batch.to_pylist()
 
 

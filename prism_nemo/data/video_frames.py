@@ -130,6 +130,7 @@ def _decoded(av: Any, content: Path | bytes, indices: Sequence[int], where: str)
     index = next(wanted, None)
     with _open(av, content, where) as container:
         for number, frame in enumerate(container.decode(_stream(container, where))):
+            _refuse_large_frame(frame.width * frame.height, where)
             while index == number:
                 yield frame.to_image()
                 index = next(wanted, None)
@@ -155,10 +156,13 @@ def _stream(container: Any, where: str) -> Any:
         raise DataError("the file holds no video", where=where)
     stream = container.streams.video[0]
     width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"the video has frames of {width * height} pixels, the limit is {MAX_IMAGE_PIXELS}",
-            where=where,
-            remedy="scale it down",
-        )
+    _refuse_large_frame(width * height, where)
     return stream
+
+
+def _refuse_large_frame(pixels: int, where: str) -> None:
+    """The head's size is not every frame's: streams may change theirs on the way."""
+    if pixels > MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"the video has frames of {pixels} pixels, the limit is {MAX_IMAGE_PIXELS}", where=where, remedy="scale it down"
+        )

@@ -123,3 +123,22 @@ def test_limits_are_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             monkeypatch.setattr(video_frames, name, value - 1)
             assert f"the limit is {value - 1}" in reason(source, tmp_path)
             monkeypatch.setattr(video_frames, name, value)
+
+
+def test_frames_that_grow_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head says 32 x 32; the third frame has a million pixels."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for number, side in enumerate((32, 32, 1000, 32)):
+            jpeg = io.BytesIO()
+            Image.new("RGB", (side, side)).save(jpeg, "JPEG")
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 4)
+            container.mux(packet)
+    monkeypatch.setattr(video_frames, "MAX_IMAGE_PIXELS", 500_000)
+    video = open_video(VideoSource(data=buffer.getvalue()), None)
+    assert [image.size for image in video.read([0, 1])] == [(32, 32), (32, 32)]
+    with pytest.raises(DataError, match="frames of 1000000 pixels"):
+        list(video.read([0, 1, 2, 3]))
