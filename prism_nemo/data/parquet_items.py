@@ -22,6 +22,7 @@ from prism_nemo.data.parquet_growth import check_growth, group_bytes, growing_co
 from prism_nemo.errors import DataError, PrismError
 
 MAX_GROUP_BYTES = 2**30  # of one row group in memory
+MAX_GROWN_BYTES = 2**30  # of what is read at a time, once values that are stored for many rows stand in each
 _ROWS_AT_ONCE = 64  # of a larger one
 _BUFFER_BYTES = 2**20
 CACHED_BYTES = 256 * 2**20  # of the row groups that are kept
@@ -64,7 +65,7 @@ class ParquetItems:
                 metadata = file.metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 self.blocks: list[Block] | None = [Block(group.num_rows, group_bytes(group, MAX_GROUP_BYTES)) for group in groups]
-                self._growing = growing_columns(metadata, MAX_GROUP_BYTES)
+                self._growing = growing_columns(metadata, MAX_GROWN_BYTES)
                 self.digest = _digest(path, metadata.serialized_size)
         except Exception as error:  # decoders of foreign bytes raise anything, here and below
             raise DataError(f"the file is not readable parquet: {error}", where=str(path)) from error
@@ -105,7 +106,7 @@ class ParquetItems:
             with pq.ParquetFile(self._file, read_dictionary=self._growing) as file:
                 table = file.read_row_group(group, use_threads=False)
             if self._growing:
-                check_growth(table, MAX_GROUP_BYTES)
+                check_growth(table, MAX_GROWN_BYTES)
         except DataError:
             raise
         except Exception as error:
@@ -167,7 +168,7 @@ def _batches(path: Path, group: int, growing: list[str]) -> Iterator[list[Any]]:
     with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, read_dictionary=growing) as file:
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
             if growing:
-                check_growth(batch, MAX_GROUP_BYTES)
+                check_growth(batch, MAX_GROWN_BYTES)
             yield batch.to_pylist()
 
 

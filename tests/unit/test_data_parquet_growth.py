@@ -57,7 +57,8 @@ def test_in_a_benchmarks_file(tmp_path: Path) -> None:
 
 
 def test_in_a_group_that_is_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_items, "MAX_GROUP_BYTES", 10_000_000)
+    monkeypatch.setattr(parquet_items, "MAX_GROWN_BYTES", 10_000_000)
+    monkeypatch.setattr(parquet_items, "MAX_GROUP_BYTES", 1_000_000)
     values = {"a": shared(b"x" * 200_000, 2000), "b": [bytes([i % 256]) * 9000 for i in range(2000)]}
     bomb = written(tmp_path / "bomb.parquet", values, use_dictionary=["a"])
     with pytest.raises(DataError, match="grow to"):
@@ -68,7 +69,7 @@ def test_values_that_take_no_room(tmp_path: Path) -> None:
     """Two hundred million times nothing, in some kB: such a group is read in its own order, some rows at a time."""
     nothing = pa.nulls(2_000_000, pa.int64())
     file = tmp_path / "nothing.parquet"
-    pq.write_table(pa.table({str(number): nothing for number in range(100)}), file)
+    pq.write_table(pa.table({str(number): nothing for number in range(100)}), file, row_group_size=2_000_000)
     assert file.stat().st_size < 500_000
     items = open_items(file, None)
     assert items.blocks is not None and items.blocks[0].num_bytes > parquet_items.MAX_GROUP_BYTES
@@ -80,7 +81,7 @@ def test_values_that_repeat_within_reason(column: Any, tmp_path: Path, monkeypat
     """The same rows, whether columns are read as dictionaries or not."""
     file = written(tmp_path / "some.parquet", {"images": column(b"abc" * 100, 50), "n": list(range(50)), "t": ["x", None] * 25})
     plain = [open_items(file, None).read(index)[0] for index in range(50)]
-    monkeypatch.setattr(parquet_items, "MAX_GROUP_BYTES", 16_000)
+    monkeypatch.setattr(parquet_items, "MAX_GROWN_BYTES", 16_000)
     monkeypatch.setattr(parquet_items, "GROUPS", parquet_items.GroupCache())
     items = open_items(file, None)
     assert items._growing and [items.read(index)[0] for index in range(50)] == plain

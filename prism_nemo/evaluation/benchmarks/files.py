@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_nemo.data.parquet_growth import check_growth, growing_columns
-from prism_nemo.data.parquet_items import MAX_GROUP_BYTES
+from prism_nemo.data.parquet_items import MAX_GROWN_BYTES
 from prism_nemo.data.records import IMAGE_PLACEHOLDER, ImageSource
 from prism_nemo.data.sources import image_source
 from prism_nemo.errors import DataError
@@ -167,11 +167,11 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pq.ParquetFile(file) as opened:
-            growing = growing_columns(opened.metadata, MAX_GROUP_BYTES)
+            growing = growing_columns(opened.metadata, MAX_GROWN_BYTES)
         with pq.ParquetFile(file, read_dictionary=growing) as opened:
             for batch in opened.iter_batches(batch_size=_ROWS_AT_ONCE):
                 if growing:
-                    check_growth(batch, MAX_GROUP_BYTES)
+                    check_growth(batch, MAX_GROWN_BYTES)
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
