@@ -10,13 +10,14 @@ from helpers.served import MAX_LENGTH, served
 from prism_nemo.config.enums import Device, Draws, Precision, RolloutEngineKind
 from prism_nemo.config.rollout import RolloutConfig, VLLMConfig
 from prism_nemo.config.schema import ModelConfig, ParallelConfig, RuntimeConfig
-from prism_nemo.engine.runtime import session
+from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import SamplingParams
 from prism_nemo.rollout.megatron import MegatronEngine
 
 Outcome = list[tuple[list[int], list[float]]]
 EXPERTS = {"experts": True, "tied": False}
+DENSE = {"experts": False, "tied": False}
 
 
 def sampling() -> SamplingParams:
@@ -24,17 +25,24 @@ def sampling() -> SamplingParams:
 
 
 def on_vllm() -> Outcome:
+    """Behind an engine without experts, with which vLLM has made its groups."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
+        sampled(runtime, parallel, DENSE)
+        return sampled(runtime, parallel, EXPERTS)
+
+
+def sampled(runtime: Runtime, parallel: ParallelConfig, model: dict[str, bool]) -> Outcome:
     from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
 
-    place, parallel = served(**EXPERTS), ParallelConfig(tensor_model_parallel_size=2)
+    place = served(**model)
     vllm = VLLMConfig(kv_cache_gb=0.1, draws=Draws.shared, tensor_model_parallel_size=2)
-    with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
-        policy = PolicyModel(ModelConfig(path=str(place.directory), precision=Precision.fp32), parallel, runtime)
-        engine = VLLMEngine(RolloutConfig(engine=RolloutEngineKind.vllm, vllm=vllm), ServedModel.of(policy, MAX_LENGTH))
-        engine.update_weights(policy.hf_tensors(), 0)
-        seeds = range(2 * len(place.prompts))
-        rollouts = engine.generate(place.prompts, sampling(), num_rollouts_per_prompt=2, seeds=seeds)
-        return [(rollout.tokens.tolist(), rollout.log_probs.tolist()) for rollout in rollouts]
+    policy = PolicyModel(ModelConfig(path=str(place.directory), precision=Precision.fp32), parallel, runtime)
+    engine = VLLMEngine(RolloutConfig(engine=RolloutEngineKind.vllm, vllm=vllm), ServedModel.of(policy, MAX_LENGTH))
+    engine.update_weights(policy.hf_tensors(), 0)
+    seeds = range(2 * len(place.prompts))
+    rollouts = engine.generate(place.prompts, sampling(), num_rollouts_per_prompt=2, seeds=seeds)
+    return [(rollout.tokens.tolist(), rollout.log_probs.tolist()) for rollout in rollouts]
 
 
 @pytest.mark.vllm

@@ -29,7 +29,6 @@ from prism_nemo.rollout.stopping import Tokenizer
 
 END = 2
 MODELS = {"experts": {"experts": True, "tied": False}, "dense": {}, "untied": {"tied": False}}
-"""Experts first: vLLM makes its groups for the first engine of a process, and those for experts only if that has some."""
 ENGINES = ["megatron", pytest.param("vllm", marks=pytest.mark.vllm), pytest.param("vllm-shared", marks=pytest.mark.vllm)]
 
 

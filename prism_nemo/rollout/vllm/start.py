@@ -17,6 +17,7 @@ import torch.distributed as dist
 import vllm
 import vllm._custom_ops
 import vllm.v1.engine.core
+from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
 from prism_nemo.config.enums import Draws
@@ -106,6 +107,8 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         options["distributed_executor_backend"] = "external_launcher"
         if cpu:
             _name_shared_memory_apart()
+    if _engines and "num_experts" in model.config["text_config"]:
+        _make_group_of_experts(settings.tensor_model_parallel_size)
     vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *_, **__: None  # the process groups are the training's
     return vllm.LLM(
         str(model.directory),
@@ -132,6 +135,21 @@ def _start(config: RolloutConfig, model: ServedModel) -> Any:
         seed=0,
         **options,
     )
+
+
+def _make_group_of_experts(size: int) -> None:
+    """vLLM makes its groups with the first engine of a process, and that for experts only where it has some.
+
+    A collective of all ranks; nothing where there is one.
+    """
+    if parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            [list(range(first, first + size)) for first in range(0, world.world_size, size)],
+            world.local_rank,
+            dist.get_backend(world.device_group),
+            group_name="ep",
+        )
 
 
 def _name_shared_memory_apart() -> None:
