@@ -63,6 +63,7 @@ MAY_DIFFER = (
     "runtime.device",
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",
+    "runtime.lost_rank_seconds",
     "rollout.max_batch_size",
     "rollout.servers",
     "data.max_bad_sample_share",

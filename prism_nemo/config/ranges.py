@@ -62,6 +62,7 @@ POSITIVE_SHARE = TOP_P = Range(0.0, 1.0, open="low")
 IMAGE_DISTANCE = Range(0, 7)  # what eight bands of a 256-bit hash find for certain
 STALENESS = Range(0, 1)  # batches
 CONCURRENCY = Range(1, 1024)
+SILENCE = Range(3.0)  # seconds; a sign of life comes every second
 PORT = Range(0, 65535)
 DUAL_CLIP = Range(1.0, open="low")
 
@@ -76,7 +77,12 @@ RANGES: dict[type, dict[str, Range]] = {
         "num_layers_in_first_pipeline_stage": COUNT,
         "num_layers_in_last_pipeline_stage": COUNT,
     },
-    RuntimeConfig: {"seed": COUNT_OR_NONE, "num_threads": COUNT, "distributed_timeout_minutes": COUNT},
+    RuntimeConfig: {
+        "seed": COUNT_OR_NONE,
+        "num_threads": COUNT,
+        "distributed_timeout_minutes": COUNT,
+        "lost_rank_seconds": SILENCE,
+    },
     DiscriminatorConfig: {
         "num_experts": COUNT,
         "moe_router_topk": COUNT,

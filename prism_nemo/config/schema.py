@@ -68,6 +68,7 @@ class RuntimeConfig:
     seed: int = 1234  # of initialisation, shuffling and sampling
     num_threads: int | None = None  # CPU threads a rank; null leaves torch's (or OMP_NUM_THREADS')
     distributed_timeout_minutes: int = 10  # a collective that waits longer ends the run
+    lost_rank_seconds: float | None = 30.0  # without a sign of life from a rank's process; then the run ends. null: no watch
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prism_nemo.config.enums import Device
 from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
-from prism_nemo.engine import layouts
+from prism_nemo.engine import layouts, watch
 from prism_nemo.engine.layouts import Layout
 from prism_nemo.errors import ConfigError, LayoutError, PrismError
 
@@ -303,11 +303,23 @@ def shutdown() -> None:
 
 @contextmanager
 def session(parallel: ParallelConfig, config: RuntimeConfig) -> Iterator[Runtime]:
-    """`initialize`, and on the way out of the outermost session `shutdown`."""
+    """`initialize`, and on the way out of the outermost session `shutdown`. The outermost one watches the other ranks meanwhile.
+
+    Raises RankLost where a collective fails because of another rank.
+    """
     outermost = not dist.is_initialized()
     runtime = initialize(parallel, config)
+    if not outermost:
+        yield runtime
+        return
+    watch.begin(config.lost_rank_seconds)
     try:
         yield runtime
+    except BaseException as error:
+        cause = watch.explain(error)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
-        if outermost:
-            shutdown()
+        watch.end()
+        shutdown()

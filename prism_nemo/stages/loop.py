@@ -29,6 +29,7 @@ from prism_nemo.config.schema import (
 )
 from prism_nemo.data.records import Record
 from prism_nemo.data.stream import RecordStream
+from prism_nemo.engine import watch
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.writing import SaveError
@@ -75,6 +76,7 @@ def open_experiment(stage: str, config: TrainingConfig | SamplingConfig, runtime
         progress=settings.progress,
     )
     runtime.barrier()
+    watch.report_to(Path(settings.dir), lambda reason: experiment.fail(watch.RankLost(reason)))
     return experiment
 
 
@@ -108,6 +110,9 @@ class StageLoop:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._signals.__exit__(kind, error, traceback)
+        if error is not None:
+            error = watch.explain(error)
+            kind = type(error)
         self.experiment.__exit__(kind, error, traceback)
 
     def steps(self, trainer: Trainer) -> Iterator[int]:
@@ -123,6 +128,7 @@ class StageLoop:
             began = time.perf_counter()
             self._ended = False
             self._times = {}
+            self._is_at(f"step {step + 1}")
             yield step
             assert self._ended, "the loop's body must call end_step"
             self.done = step + 1
@@ -134,6 +140,7 @@ class StageLoop:
 
     def _resume(self, trainer: Trainer) -> int:
         """Loads the newest checkpoint and returns its step; 0 when there is none."""
+        self._is_at("loading a checkpoint")
         state = self.checkpoints.load(trainer.models)
         if self.checkpoints.notice:
             self.experiment.notice(self.checkpoints.notice)
@@ -203,7 +210,9 @@ class StageLoop:
     def timed(self, name: str) -> Iterator[None]:
         """Adds the block's wall time to the step's metrics as `time/NAME_seconds`."""
         began = time.perf_counter()
+        self._is_at(f"step {self.done + 1}, {name}")
         yield
+        self._is_at(f"step {self.done + 1}")
         key = f"time/{name}_seconds"
         self._times[key] = self._times.get(key, 0.0) + time.perf_counter() - began
 
@@ -226,6 +235,7 @@ class StageLoop:
             )
 
     def validate(self, trainer: Trainer, done: int) -> None:
+        self._is_at(f"validation behind step {done}")
         metrics = trainer.run_validation()
         if metrics:
             self.experiment.log_metrics(done, metrics, prefix="validation")
@@ -238,6 +248,7 @@ class StageLoop:
         """
         if done <= self._saved_step:
             return
+        self._is_at(f"saving step {done}")
         state = {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps}
         try:
             self.checkpoints.save(done, trainer.models, state, before=self.experiment.flush)
@@ -251,6 +262,9 @@ class StageLoop:
 
     def _anyone_was_told_to_stop(self) -> bool:
         return self.runtime.max_over_all(int(self._signals.received)) > 0
+
+    def _is_at(self, what: str) -> None:
+        watch.doing(f"{self.stage}, {what}")
 
     def _show(self, bar: StepProgress) -> None:
         shown = ("loss", "reward", "accuracy", "caption_accuracy", "format_rate", "perception/accuracy", "reasoning/accuracy")

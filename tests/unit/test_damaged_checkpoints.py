@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written is found before anything is loaded; the newest whole one is used, and that is said."""
+"""A checkpoint that is not what was written is found before it is loaded; the newest whole one is used, and that is said."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_any_bit_counts(run: Path, model: PolicyModel) -> None:
 
 def test_without_permission_a_damaged_one_is_an_error(run: Path, model: PolicyModel) -> None:
     flip(step(run, 3) / "trainer.json")
-    with pytest.raises(CheckpointError, match="the checkpoint is damaged: trainer.json is not what was written") as caught:
+    with pytest.raises(CheckpointError, match=r"the checkpoint is damaged: trainer\.json is not what was written") as caught:
         load(run, model, from_older=False)
     assert "experiment.resume_from_older=true" in str(caught.value)
 
