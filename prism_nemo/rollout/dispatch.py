@@ -22,7 +22,7 @@ from prism_nemo.rollout.answers import max_answer_bytes, read_answer
 from prism_nemo.rollout.base import Rollout, RolloutError, SamplingParams, WeightsLostError
 from prism_nemo.rollout.exchange import Address, ExchangeError, Reply
 from prism_nemo.rollout.server import GENERATE
-from prism_nemo.rollout.weight_sync import UNPROCESSABLE
+from prism_nemo.rollout.weight_link import UNPROCESSABLE
 from prism_nemo.rollout.wire import GenerateRequest, WireError, encode_request
 
 _MAX_FAILURES = 5  # of one request that servers had begun with: then it is the request
@@ -217,7 +217,15 @@ class Dispatcher:
             job.attempts += 1
             request = self._request(job, replica)
             work = (job, replica, request, replica.version)
-            threading.Thread(target=self._work, args=work, name=f"rollout {request.request_id}", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, args=work, name=f"rollout {request.request_id}", daemon=True).start()
+            except RuntimeError as error:  # who waits for the call must hear of it, and may be another thread
+                replica.under_way -= 1
+                job.call.error = RolloutError(
+                    f"there is no thread for a request: {error}",
+                    where="rollout.servers.requests_per_replica",
+                    remedy="lower it, or raise the limit of processes (ulimit -u)",
+                )
 
     def _request(self, job: _Job, replica: Replica) -> GenerateRequest:
         sampling = job.call.sampling

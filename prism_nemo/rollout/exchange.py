@@ -116,6 +116,8 @@ class Connection:
                 self._connection.timeout = timeout_seconds
                 self._connection.connect()
                 connected = True
+                if over.is_set():  # before there was a socket to shut down
+                    raise TimeoutError
             reply = self._send_and_read(method, path, parts, max_bytes, upgrade)
             if over.is_set():  # an answer without a length ends where it was ended
                 raise TimeoutError

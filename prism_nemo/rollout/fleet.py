@@ -16,7 +16,7 @@ from typing import Protocol
 from prism_nemo.rollout.base import RolloutError
 from prism_nemo.rollout.exchange import Address, ExchangeError
 from prism_nemo.rollout.processes import ServerProcess
-from prism_nemo.rollout.weight_sync import HEALTH, Receiver
+from prism_nemo.rollout.weight_link import HEALTH, Receiver
 
 MAX_DEATHS = 3  # in a row, without an answer in between
 _WRONG_INPUT = 2  # the exit status of a PrismError: the next start would end the same way
@@ -237,14 +237,24 @@ class Fleet:
         member = self._members[name]
         with self._locks[name]:
             if member.receiver is not None and member.receiver.instance == instance and not self._closed.is_set():
-                message(member)
+                _safely(member, message)
         with self._changed:
             self._changed.notify_all()
 
     def _watch(self, member: Member) -> None:
         while not self._closed.wait(_WATCH_SECONDS):
             with self._locks[member.name]:
-                changed = member.watch()
-            if changed:
+                changed = _safely(member, lambda member: member.watch())
+            if changed is not False:
                 with self._changed:
                     self._changed.notify_all()
+
+
+def _safely(member: Member, action: Callable[[Member], bool | None]) -> bool | None:
+    """Where a process cannot be started, for want of memory say, this is what happened to the server; it is looked at again."""
+    try:
+        return action(member)
+    except Exception as error:
+        _log.exception("%s", member.name)
+        member.problem = f"{type(error).__name__}: {error}"
+        return True

@@ -2,7 +2,7 @@
 
     GET  /v1/health           {"instance", "engine", "update_id", "version", "busy"}; no update_id where there are no weights
     POST /v1/generate         a request of `rollout/wire.py`; the rollouts
-    POST /v1/weights          the connection becomes a channel (`rollout/channel.py`) of the frames of `rollout/weight_sync.py`:
+    POST /v1/weights          the connection becomes a channel (`rollout/channel.py`) of the frames of `rollout/weight_link.py`:
                               the first takes the weights away, and when the last has said that all is well, there are others
 
 An answer other than 200 is {"what": …}: 400 for what is no request, 401 without the token, 409 for other weights than the server
@@ -39,7 +39,7 @@ from prism_nemo.rollout.channel import PROTOCOL, Channel, ChannelClosed, FrameTo
 from prism_nemo.rollout.receiving import Inlet, UpdateAborted, WeightUpdate
 from prism_nemo.rollout.turns import NobodyWaits, turns_of
 from prism_nemo.rollout.weight_group import GroupError, backend_of, identity_of
-from prism_nemo.rollout.weight_sync import HEALTH, TOO_LONG, UNPROCESSABLE, WEIGHTS
+from prism_nemo.rollout.weight_link import HEALTH, TOO_LONG, UNPROCESSABLE, WEIGHTS
 from prism_nemo.rollout.wire import GenerateRequest, WireError, decode_request, encode_answer
 
 GENERATE = "/v1/generate"

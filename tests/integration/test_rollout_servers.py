@@ -34,7 +34,9 @@ from prism_nemo.data.records import Record
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import RolloutError, SamplingParams, WeightsLostError
 from prism_nemo.rollout.exchange import Address, ExchangeError
+from prism_nemo.rollout.fleet import Fleet
 from prism_nemo.rollout.sampler import PendingRollouts, Sampler
+from prism_nemo.rollout.weight_link import Receiver
 from prism_nemo.rollout.wire import GenerateRequest, pack, unpack
 
 PROMPTS = (
@@ -268,6 +270,60 @@ def test_what_the_engine_refuses_is_an_error_at_once(dense: PolicyModel) -> None
         with pytest.raises(RolloutError, match="logits are not finite") as raised:
             generate(engine)
         assert "http://127.0.0.1" in str(raised.value.where)
+
+
+def test_a_request_that_gets_no_thread_is_an_error(dense: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever thread it is that would have sent it."""
+    started, start = [], threading.Thread.start
+
+    def short(thread: threading.Thread) -> None:
+        if thread.name.startswith("rollout "):
+            started.append(thread)
+            if len(started) == 4:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with engine_over(dense, [Host(tiny_model())], requests_per_replica=1) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", short)
+            with pytest.raises(RolloutError, match="no thread for a request: can't start new thread"):
+                generate(engine)
+        assert_bit_equal(generate(engine), in_process(dense, PROMPTS, SAMPLING, COUNT))
+
+
+# Servers that are looked after
+
+
+class Troubled:
+    """A member that cannot be looked after at first."""
+
+    name, problem, hopeless = "replica 0", "", False
+    receiver: Receiver | None = None
+    looked = 0
+
+    def watch(self) -> bool:
+        self.looked += 1
+        if self.looked < 4:
+            raise OSError(12, "Cannot allocate memory")
+        self.receiver, self.problem = Receiver(self.name, "a", Address("http://127.0.0.1:9", None)), ""
+        return True
+
+    def broken(self, what: str) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    def answered(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_server_that_cannot_be_started_now_is_tried_again() -> None:
+    member = Troubled()
+    fleet = Fleet([member], startup_timeout_seconds=60.0)
+    assert fleet.wait(60.0, for_all=True, since=time.monotonic())
+    assert member.looked == 4
+    fleet.report("replica 0", "a", "it froze")
+    assert "Cannot allocate memory" in fleet.describe()
+    fleet.close()
 
 
 # Weights that are lost

@@ -21,7 +21,8 @@ from prism_nemo.rollout.exchange import Address
 from prism_nemo.rollout.fleet import LocalMember
 from prism_nemo.rollout.remote import RemoteEngine
 from prism_nemo.rollout.weight_group import GroupInvitation, Rendezvous
-from prism_nemo.rollout.weight_sync import Receiver, WeightSender
+from prism_nemo.rollout.weight_link import Receiver
+from prism_nemo.rollout.weight_sync import WeightSender
 from prism_nemo.rollout.wire import WireError
 
 PROMPTS = (make_prompt([(4, 6)], seed=1), make_prompt([], seed=2))

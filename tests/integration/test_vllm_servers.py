@@ -32,7 +32,7 @@ from prism_nemo.rollout.exchange import Address, Connection, ExchangeError
 from prism_nemo.rollout.fleet import LocalMember
 from prism_nemo.rollout.remote import RemoteEngine
 from prism_nemo.rollout.server import GENERATE, TOKEN_VARIABLE, EngineHost
-from prism_nemo.rollout.weight_sync import HEALTH, WEIGHTS
+from prism_nemo.rollout.weight_link import HEALTH, WEIGHTS
 from prism_nemo.rollout.wire import GenerateRequest, encode_request
 
 pytestmark = pytest.mark.vllm

@@ -30,7 +30,8 @@ from prism_nemo.rollout.channel import Channel, ChannelClosed
 from prism_nemo.rollout.exchange import Address
 from prism_nemo.rollout.receiving import UpdateAborted, WeightUpdate
 from prism_nemo.rollout.server import EngineHost, Refused
-from prism_nemo.rollout.weight_sync import Receiver, WeightSender
+from prism_nemo.rollout.weight_link import Link, Receiver
+from prism_nemo.rollout.weight_sync import WeightSender
 from prism_nemo.rollout.wire import GenerateRequest, WireError
 
 PROMPTS = (make_prompt([(4, 6), (8, 4)], seed=1), make_prompt([], seed=3, text_length=11))
@@ -188,6 +189,20 @@ def test_after_twenty_updates_the_engine_is_as_a_fresh_one(case: str, transport:
                     found = rollouts(served, version)
                     assert outputs(found) == expected["original" if version % 2 else "other"]
                     assert {rollout.weights_version for rollout in found} == {version}
+    sender.close()
+
+
+def test_what_goes_wrong_here_on_the_way_to_a_server_is_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tiny_model())
+    sender = WeightSender(bucket_bytes=1 << 16, timeout_seconds=60.0)
+
+    def fail(link: Link, count: int) -> None:
+        raise MemoryError("no room")
+
+    with serving(host) as url, monkeypatch.context() as patch:
+        patch.setattr(Link, "finish", fail)
+        sent = sender.send(policy_of(tiny_model()).hf_tensors(), 3, [Receiver("one", host.instance, Address(url, None))])
+    assert sent.refusals["one"].what == "MemoryError: no room"
     sender.close()
 
 
