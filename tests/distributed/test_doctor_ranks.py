@@ -144,13 +144,13 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
-    with ranks(2, tmp_path) as (first, second):
+    with ranks(2, tmp_path, "--limit", "20") as (first, second):
         second.wait_for(second.is_in("torch"))
         second.wait_for(lambda process: len(process.net_connections()) > 0)
         second.process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         status, report = first.report()
-        assert time.monotonic() - began < 60  # what is promised; usually 15 s and what the checks take
+        assert time.monotonic() - began < LONGEST_SECONDS / 2
     assert status == 1
     assert (
         "rank 1 of 2 does not answer"
