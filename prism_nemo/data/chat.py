@@ -223,7 +223,14 @@ class ChatEncoder:
 
     def _render(self, content: list[dict[str, str]]) -> str:
         messages = [{"role": "system", "content": self._system_prompt}, {"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # templates are programs, in a sandbox, and fail in any way
+            raise ConfigError(
+                f"the chat template cannot be used: {error}",
+                where="chat_template.jinja",
+                remedy="copy it from the Qwen3-VL model",
+            ) from error
 
     def _image_blocks(self, images: list[Image]) -> list[VisualBlock]:
         for image in images:

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from prism_nemo.data.records import ImageSource
 from prism_nemo.errors import DataError
@@ -47,8 +47,13 @@ def load_image(source: ImageSource, root: Path | None) -> Image.Image:
         raise DataError(f"the image is too large: {error}", where=where, remedy="scale the image down") from error
     except Exception as error:  # decoders of foreign bytes raise anything: OSError, SyntaxError, struct.error, IndexError, …
         raise DataError(
-            f"the image cannot be decoded: {error}", where=where, remedy=f"a whole image as {', '.join(FORMATS)}"
+            f"the image cannot be decoded: {reason(error)}", where=where, remedy=f"a whole image as {', '.join(FORMATS)}"
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Why a decoder gave up; of what it does not know it only tells which object of Python's it was given."""
+    return "it is of another kind" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def contained(path: Path, root: Path | None, *, what: str = "image") -> Path:

@@ -21,7 +21,7 @@ from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.bad_records import BadRecord, listing
 from prism_nemo.data.columns import rename
 from prism_nemo.data.forms import form_of
-from prism_nemo.data.images import FORMATS, MAX_IMAGE_BYTES, contained_file
+from prism_nemo.data.images import FORMATS, MAX_IMAGE_BYTES, contained_file, reason
 from prism_nemo.data.lengths import UNUSABLE, TokenLengths, open_lengths
 from prism_nemo.data.open import cache_of, data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
@@ -126,7 +126,9 @@ def image_size(source: ImageSource, root: Path | None) -> tuple[int, int]:
         with Image.open(opened, formats=FORMATS) as image:
             return image.size
     except Exception as error:  # decoders of foreign bytes raise anything
-        raise DataError(f"the image cannot be decoded: {error}", where=str(source.path or "bytes in the record")) from error
+        raise DataError(
+            f"the image cannot be decoded: {reason(error)}", where=str(source.path or "bytes in the record")
+        ) from error
 
 
 def _count_tokens(found: Inspection, records: RecordFiles, index: int, encoder: ChatEncoder, lengths: TokenLengths) -> None:
