@@ -300,7 +300,7 @@ def _prepare_doctor(arguments: list[str]) -> Callable[[], None]:
         return lambda: _print(command.HELP)
     parser = Parser("doctor")
     command.add_arguments(parser)
-    return command.prepare(parser.parse_intermixed_args(arguments), list(STAGES))
+    return command.prepare(parser.parse_intermixed_args(command.without_others(arguments)), list(STAGES))
 
 
 def _prepare_report(arguments: list[str]) -> Callable[[], None]:

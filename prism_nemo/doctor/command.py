@@ -21,6 +21,7 @@ Whether nodes can train: Python, packages, GPUs, a product that must be right, d
 ports, clocks and an all-reduce with its bandwidth. A line a check and node, and a verdict a node. Status 0: healthy, 1: not.
 
   STAGE KEY=VALUE ...  a command as it would be run: its experiment.dir, models, device and rollout engine are looked at
+                       (of `convert ...` and `data ...` nothing: the current folder)
   --path DIR           look at this folder too (without a STAGE: instead of the current one)
   --vllm               vLLM must be importable, whatever the stage says
   --quick              a second: no torch, nothing is written, no other ranks
@@ -36,6 +37,10 @@ docs/doctor.md says what is checked and what to do about it.
 """
 
 
+# Commands without settings of this kind: only the machine can be looked at.
+OTHERS = ("convert", "data")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -45,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("stage", nargs="?")
     parser.add_argument("overrides", nargs="*")
+    # What the job scripts give to a pipeline; of no concern here.
+    parser.add_argument("--end", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", help=argparse.SUPPRESS)
+
+
+def without_others(arguments: list[str]) -> list[str]:
+    """Without a command that has no settings to look at, and what follows it."""
+    others = [number for number, argument in enumerate(arguments) if argument in OTHERS]
+    return arguments[: others[0]] if others else arguments
 
 
 def prepare(options: argparse.Namespace, stages: list[str]) -> Callable[[], None]:

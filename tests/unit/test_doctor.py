@@ -68,6 +68,12 @@ def test_a_missing_model_is_a_node_that_cannot_train(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("job", ["convert import --hf x --out y", "pipeline demo=digits --end", "data validate x.jsonl"])
+def test_every_command_of_a_job_can_be_given(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--quick", *job.split()]) == 0
+    assert "healthy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["sft", "model.pth=x"], ["--limit", "0"], ["--what"]])
 def test_mistakes_are_told_as_everywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", *arguments]) == 2
