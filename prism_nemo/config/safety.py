@@ -16,6 +16,11 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # with every alias as long as what it stands for
 MAX_DEPTH = 50
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
+_HOLDS_SECRET = re.compile(
+    r"(?:^|[_-])(?:api_?key|apikey|secret|secret_?key|password|passwd|authorization|(?:access|auth|bearer|api)_?token)$",
+    re.IGNORECASE,
+)
+_URL_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -73,3 +78,28 @@ def _environment(name: str, *default: str | None) -> str | None:
     if not default:
         raise ValueError(f"the environment variable {name} is not set")
     return None if default[0] is None else str(default[0])
+
+
+def refuse_secrets(values: Any, where: str = "") -> None:
+    """Raises ConfigError, without showing it, for a key, password or token among settings: they are written into the run's files.
+
+    `values`: a configuration as plain data. Of use are the parts that have no schema, which go to others as they are.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if isinstance(value, str) and value and _HOLDS_SECRET.search(str(name)):
+                raise _secret(f"{where}{name}")
+            refuse_secrets(value, f"{where}{name}.")
+    elif isinstance(values, list):
+        for value in values:
+            refuse_secrets(value, where)
+    elif isinstance(values, str) and _URL_WITH_PASSWORD.search(values):
+        raise _secret(where.rstrip("."))
+
+
+def _secret(where: str) -> ConfigError:
+    return ConfigError(
+        "this looks like a secret, which would be written into the run's files",
+        where=where,
+        remedy="leave it to the environment: teacher.api_key_env names a variable, loggers read theirs (WANDB_API_KEY, …)",
+    )

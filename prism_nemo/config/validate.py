@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from prism_nemo.config.layout import (
 from prism_nemo.config.models import about_the_discriminator, check_models
 from prism_nemo.config.ranges import check_ranges
 from prism_nemo.config.rollout import check_rollout
+from prism_nemo.config.safety import refuse_secrets
 from prism_nemo.config.schema import (
     AlignConfig,
     CurateConfig,
@@ -79,6 +81,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     world_size is the number of ranks that will run; with None what depends on it is left out.
     Raises ConfigError or LayoutError, naming key and remedy.
     """
+    refuse_secrets(dataclasses.asdict(config))
     if isinstance(config, PipelineConfig):
         _check_pipeline(config, world_size)
         return

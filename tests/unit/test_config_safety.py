@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from prism_nemo.config.compose import dump_config, load_config
-from prism_nemo.config.safety import MAX_NODES, check_yaml
+from prism_nemo.config.safety import MAX_NODES, check_yaml, refuse_secrets
+from prism_nemo.config.validate import validate
 from prism_nemo.errors import ConfigError, DataError
 from prism_nemo.evaluation.benchmarks.files import Row
 
@@ -73,6 +74,35 @@ def test_other_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/scratch/run" in dump_config(config)
     with pytest.raises(ConfigError, match="NOT_SET_AT_ALL is not set"):
         load_config("sft", [*NEEDED[:3], "experiment.dir=${oc.env:NOT_SET_AT_ALL}"])
+
+
+WRITTEN = {
+    "a key of a logger": (
+        "experiment.nemo_exp_manager={wandb_logger_kwargs: {api_key: canary-3141}}",
+        "wandb_logger_kwargs.api_key",
+    ),
+    "a password in an address": (
+        "experiment.nemo_exp_manager={mlflow_logger_kwargs: {tracking_uri: 'https://me:canary-3141@host/x'}}",
+        "mlflow_logger_kwargs.tracking_uri",
+    ),
+    "a token in a list": ("experiment.nemo_exp_manager={x: [{access_token: canary-3141}]}", "x.access_token"),
+    "a URL as the model": ("model.path=https://me:canary-3141@host/m", "model.path"),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_secrets_among_settings(case: str) -> None:
+    override, where = WRITTEN[case]
+    with pytest.raises(ConfigError, match="looks like a secret") as caught:
+        validate(load_config("sft", [*NEEDED, override]))
+    assert str(caught.value.where).endswith(where)
+    assert "canary" not in str(caught.value)
+
+
+def test_what_only_sounds_like_a_secret() -> None:
+    refuse_secrets(
+        {"api_key_env": "KEY", "max_tokens": "5", "end_token": "x", "api_key": None, "url": "https://host:80/a@b", "key": "b"}
+    )
 
 
 LITERALS = {
