@@ -51,7 +51,7 @@ prism_job() {
     directory=$(run_directory "${arguments[@]}")
     say "job $(job_name)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: prism-nemo ${arguments[*]}" \
         "on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, $(ranks_per_node) rank(s) each," \
-        "commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}, logs $logs"
+        "commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}, logs $logs${directory:+, configuration $directory/config.yaml}"
     network
     [[ -f $logs/failures ]] || echo "0 $(what_is_saved)" >"$logs/failures"
     if [[ -n ${PRISM_NEMO_DOCTOR:-} ]]; then examine "${arguments[@]}"; fi
@@ -202,7 +202,7 @@ run_ranks() {
     setsid srun "${options[@]}" bash "$home/slurm/rank.sh" "$@" &
     srun=$!
     tail --bytes=+$((known + 1)) --follow --pid="$srun" "$logs/rank_0.log" &  # the first rank's log is the job's too
-    local tail=$! servers='' status
+    local tail=$! servers='' ended status
     if [[ -n ${urls:-} ]]; then
         run_servers "$@" &
         servers=$!
@@ -210,7 +210,8 @@ run_ranks() {
     while true; do
         woken=
         wait "$srun"
-        status=$?
+        ended=$?
+        ((ended < 0)) || status=$ended  # bash has no status for what a signal has ended and was waited for before
         [[ -n $woken ]] || break  # otherwise it was the signal that ended the waiting
     done
     [[ -z $resending ]] || kill "$resending" 2>/dev/null

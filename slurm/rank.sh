@@ -48,7 +48,8 @@ run=$!
 while true; do
     woken=
     wait "$run"
-    status=$?
+    ended=$?
+    ((ended < 0)) || status=$ended  # bash has no status for what a signal has ended and was waited for before
     [[ -n $woken ]] || break  # otherwise it was the signal that ended the waiting
 done
 # It did not live to take note of the signal (SIGUSR1 or SIGTERM ended it): so there was nothing yet to save.

@@ -109,10 +109,11 @@ class Cluster:
 
     def processes(self, node: str) -> list[int]:
         """Those of jobs on this node."""
+        its = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                if its <= set((folder / "environ").read_bytes().split(b"\0")):
                     found.append(int(folder.name))
         return found
 

@@ -78,18 +78,18 @@ def test_an_element_of_an_array_is_requeued_alone(jobs: Jobs) -> None:
 
 
 def test_before_the_end_of_its_time_a_job_saves_and_is_queued_again(jobs: Jobs) -> None:
-    does = SAVE + 'trap "exit 75" USR1; [[ -n ${SLURM_RESTART_COUNT:-} ]] && exit 0; while true; do sleep 0.1; done'
+    does = 'trap "exit 75" USR1; ' + SAVE + "[[ -n ${SLURM_RESTART_COUNT:-} ]] && exit 0; while true; do sleep 0.1; done"
     job = jobs.stand_in(does, "experiment.dir=run", PRISM_NEMO_MAX_FAILURES="1")
     jobs.until(job, (jobs.folder / "run" / "checkpoints" / "latest").exists)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does, by --signal=B:USR1@...
     assert jobs.end(job) == "COMPLETED"
     assert jobs.restarts(job) == 1
     assert "SIGUSR1: the run saves" in jobs.log(job)
-    assert "told to stop: it is queued again" in jobs.log(job)
+    assert "told to stop: it is queued again" in jobs.log(job), jobs.log(job)
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(jobs: Jobs) -> None:
-    does = SAVE + 'trap "echo saved; exit 75" USR1 TERM; while true; do sleep 0.1; done'
+    does = 'trap "echo saved; exit 75" USR1 TERM; ' + SAVE + "while true; do sleep 0.1; done"
     job = jobs.stand_in(does, "experiment.dir=run")
     jobs.until(job, (jobs.folder / "run" / "checkpoints" / "latest").exists)
     jobs.cluster.run("scancel", job)
