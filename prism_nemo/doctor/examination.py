@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,29 +52,37 @@ class _Report:
 def examine(place: Place, subject: Subject, limit: float) -> tuple[Nodes, bool]:
     """What is to be shown by this rank (nothing, but by the first one as long as it lives), and whether all nodes are healthy."""
     report = _Report(place.node, place.node_name)
-    with ThreadPoolExecutor(1) as background:
-        local = background.submit(check_locally, place, subject, quick=False, limit=_PROBE_SHARE * limit)
-        host = None
-        try:
-            host = Host(place, limit) if place.rank == 0 and place.world_size > 1 else None
-            meeting: Meeting = Guest(place, limit) if place.world_size > 1 else Alone()
-            arrived = meeting.exchange([place.node, place.node_name])
-            report.findings += local.result().findings
-            report.teraflops = local.result().teraflops
-            names, absent = _together(place, subject, meeting, arrived, report, local.result(), limit)
-            reports = meeting.gather(report.to_json())
-            nodes = _merged(place, reports, names, absent) if place.rank == 0 else {}
-            healthy = all(map(is_healthy, nodes.values()))
-            healthy = bool(meeting.exchange(healthy).values[0])
-            meeting.leave()
-        except MeetingLost as lost:
-            if not place.leads:
-                return {}, False
-            remedy = f"the first rank's log and node; MASTER_ADDR and MASTER_PORT, and PRISM_NEMO_NET. {_RANK_REMEDY}"
-            return {place.node_name: [*local.result().findings, failed("ranks", str(lost), remedy)]}, False
+    local: Future[Local] = Future()
+    # A thread that an interrupted process does not wait for.
+    threading.Thread(target=_fill, args=(local, place, subject, _PROBE_SHARE * limit), daemon=True).start()
+    host = None
+    try:
+        host = Host(place, limit) if place.rank == 0 and place.world_size > 1 else None
+        meeting: Meeting = Guest(place, limit) if place.world_size > 1 else Alone()
+        arrived = meeting.exchange([place.node, place.node_name])
+        report.findings += local.result().findings
+        report.teraflops = local.result().teraflops
+        names, absent = _together(place, subject, meeting, arrived, report, local.result(), limit)
+        reports = meeting.gather(report.to_json())
+        nodes = _merged(place, reports, names, absent) if place.rank == 0 else {}
+        healthy = all(map(is_healthy, nodes.values()))
+        healthy = bool(meeting.exchange(healthy).values[0])
+        meeting.leave()
+    except MeetingLost as lost:
+        if not place.leads:
+            return {}, False
+        remedy = f"the first rank's log and node; MASTER_ADDR and MASTER_PORT, and PRISM_NEMO_NET. {_RANK_REMEDY}"
+        return {place.node_name: [*local.result().findings, failed("ranks", str(lost), remedy)]}, False
     if host:
         host.close()
     return nodes, healthy
+
+
+def _fill(local: Future[Local], place: Place, subject: Subject, limit: float) -> None:
+    try:
+        local.set_result(check_locally(place, subject, quick=False, limit=limit))
+    except BaseException as error:  # is raised where it is asked for
+        local.set_exception(error)
 
 
 def _together(

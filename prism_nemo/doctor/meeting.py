@@ -103,14 +103,8 @@ class Host:
         # Who is only on this machine is not asked from elsewhere.
         bound = "127.0.0.1" if address in ("localhost", "127.0.0.1") else ""
         for port in _ports(self._place):
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((bound, port))
-                listener.listen(_BACKLOG)
-                return listener
-            except OSError:
-                listener.close()
+            with contextlib.suppress(OSError):
+                return listen(bound, port)
         raise MeetingLost(f"none of the {PORTS} ports above MASTER_PORT={self._place.master_port} is free")
 
     def _accept(self) -> None:
@@ -269,6 +263,13 @@ class Guest:
             time.sleep(_RETRY_SECONDS)
         first = f"rank 0 on {self._place.master_address}"
         raise MeetingLost(f"{first} was not found within {self._limit:g} s, on ports above {self._place.master_port}: {problem}")
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Listens at an IPv4 address, or at all of this machine's (""), IPv6 too where there is any; port 0: any."""
+    if not address and socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    return socket.create_server((address, port), backlog=_BACKLOG)
 
 
 def _ports(place: Place) -> range:

@@ -127,10 +127,17 @@ def say_at(where: str) -> None:
     print(json.dumps({"at": where}), flush=True)
 
 
+def _end_with_parent() -> None:
+    """However that ends: its end of the pipe closes."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
     from prism_nemo.doctor import probes
 
     arguments = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     value = probes.PROBES[sys.argv[1]](**arguments)
     print(json.dumps({"value": value}), flush=True)
     os._exit(0)  # without waiting for threads of libraries

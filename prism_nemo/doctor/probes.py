@@ -7,7 +7,7 @@ import errno
 import fcntl
 import io
 import os
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +44,14 @@ def disk(path: str, write_mb: int, weight_bytes: int | None) -> Findings:
     if not os.access(folder, os.W_OK | os.X_OK):
         return _told(failed("disk", f"{folder} cannot be written to", "another folder, or its permissions"))
     usage = os.statvfs(folder)
+    if usage.f_flag & os.ST_RDONLY:
+        return _told(
+            failed("disk", f"{folder} is mounted for reading only", "dmesg: an error may have done it; or another folder")
+        )
+    if usage.f_files and not usage.f_favail:
+        return _told(
+            failed("disk", f"no file can be added at {folder}: it has no inodes left", "remove files, or another folder")
+        )
     free = usage.f_bavail * usage.f_frsize
     needed = (weight_bytes or 0) * _BYTES_OF_STATE_PER_WEIGHT_BYTE
     text = f"{free / _GIB:.1f} GiB free at {folder}"
@@ -219,11 +227,11 @@ def share_read(folder: str, nodes: dict[str, str]) -> Findings:
 
 
 def share_lock_hold(folder: str) -> None:
-    """Holds the lock until standard input ends."""
+    """Holds the lock as long as this process lives."""
     with (Path(folder) / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         say_at("holding the lock")
-        sys.stdin.read()
+        threading.Event().wait()
 
 
 def share_lock_try(folder: str) -> Findings:

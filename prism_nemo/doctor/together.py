@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prism_nemo.doctor.finding import Finding, failed, ok, warning
-from prism_nemo.doctor.meeting import Meeting, Round
+from prism_nemo.doctor.meeting import Meeting, Round, listen
 from prism_nemo.doctor.place import Place
 from prism_nemo.doctor.probe import Probe, ProbeFailed
 
@@ -115,7 +115,7 @@ def check_ways(place: Place, meeting: Meeting, address: str, names: dict[int, st
 
 
 def _listen() -> socket.socket:
-    listener = socket.create_server(("", 0), backlog=1024)
+    listener = listen("", 0)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -175,5 +175,5 @@ def run_all_reduce(
 
 
 def free_port() -> int:
-    with socket.create_server(("", 0)) as listener:
+    with listen("", 0) as listener:
         return int(listener.getsockname()[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -152,6 +154,39 @@ def test_a_child_that_hangs_or_dies_is_ended_and_says_how_far_it_came(tmp_path: 
     assert probe._process.poll() is not None
     with pytest.raises(ProbeFailed, match=r"ended with status 1, .*No such file or directory"):
         Probe("share_remove", {"folder": str(tmp_path / "none")}, limit=30.0).result()
+
+
+def test_children_end_with_their_parent_however_that_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys; from prism_nemo.doctor.probe import Probe\n"
+        "probe = Probe('share_lock_hold', {'folder': sys.argv[1]}, limit=100)\n"
+        "probe.wait_until('holding the lock'); print(probe._process.pid, flush=True); probe.result()"
+    )
+    root = str(Path(cli.__file__).parents[1])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    child.wait(60)
+
+
+def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "prism_nemo", "doctor"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )
+    while not psutil.Process(parent.pid).children():
+        time.sleep(0.05)
+    children = psutil.Process(parent.pid).children()
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(60) == 130
+    psutil.wait_procs(children, 60)
+    assert not any(child.is_running() for child in children)
 
 
 def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
