@@ -19,7 +19,9 @@ SERVED = ("rollout.placement=separate", "rollout.servers.urls=[http://node2:8900
 
 def test_a_server_takes_what_it_needs_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model:\n  precision: fp32\ndata:\n  max_response_length: 77\n")
+    (tmp_path / "policy").mkdir()
     more = (
+        f"model.path={tmp_path / 'policy'}",
         "data.max_prompt_length=55",
         "rollout.max_batch_size=3",
         "rollout.servers.weight_bucket_mb=900",
