@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.stages import write_tiny_model
 
 from prism_nemo.cli import main
 from prism_nemo.config.compose import dump_config, load_config
@@ -19,7 +20,7 @@ SERVED = ("rollout.placement=separate", "rollout.servers.urls=[http://node2:8900
 
 def test_a_server_takes_what_it_needs_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model:\n  precision: fp32\ndata:\n  max_response_length: 77\n")
-    (tmp_path / "policy").mkdir()
+    write_tiny_model(tmp_path / "policy")
     more = (
         f"model.path={tmp_path / 'policy'}",
         "data.max_prompt_length=55",
