@@ -24,7 +24,7 @@ SLURM_PROGRAMS := slurmctld slurmd sbatch munged
 SCRIPTS := --external-sources $(wildcard slurm/*.sh tests/slurm/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test test-vllm test-nemo test-slurm slurm lint format clean
+.PHONY: help install demo report test test-vllm test-nemo test-slurm slurm lint format audit clean
 
 help:
 	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
@@ -35,6 +35,7 @@ help:
 	@echo 'make test-slurm those of the job scripts alone, in a real SLURM on this machine; as root, and it installs Debian'"'"'s packages'
 	@echo 'make lint      style, types and import rules'
 	@echo 'make format    puts the code into the style that lint wants'
+	@echo 'make audit     bounds, licences and, where its database can be reached, known vulnerabilities of what is installed'
 	@echo 'make install   only makes $(VENV)'
 	@echo 'make clean     removes caches and builds; keeps $(VENV) and runs'
 
@@ -108,6 +109,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SCRIPTS)
+
+# Says NOT AUDITED where the database of vulnerabilities cannot be reached; AUDIT_REQUIRED=1 makes that a failure.
+audit: $(INSTALLED)
+	$(BIN)/python tools/audit.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
