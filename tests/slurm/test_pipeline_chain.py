@@ -74,12 +74,12 @@ def test_a_pipeline_is_a_chain_that_ends_where_a_stage_fails_and_goes_on_there(j
     assert jobs.end(first) == "COMPLETED", jobs.log(first)
     stages = stages_submitted(jobs.log(first))
     assert list(stages) == ["sft", "pairs", "warm-up", "align", "rlvr", "eval_rlvr", "eval_sft", "END"]
-    status, said = jobs.call("pipeline", *arguments, **flags)
-    assert status == 2
-    assert f"jobs of this pipeline are there still: wait for them, or scancel {stages['sft']} " in said
     run = jobs.folder / "runs" / "mine"
     jobs.until(stages["sft"], lambda: state_of(run / "sft") == "running")
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", stages["sft"])  # out of time: the others wait on
+    status, said = jobs.call("pipeline", *arguments, **flags)
+    assert status == 2
+    assert f"jobs of this pipeline are there still: wait for them, or scancel {stages['sft']} " in said
     ends = {name: jobs.end(job) for name, job in stages.items()}
     assert ends == {
         **dict.fromkeys(("sft", "pairs", "warm-up", "align", "eval_sft"), "COMPLETED"),
