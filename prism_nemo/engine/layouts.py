@@ -7,6 +7,7 @@ discriminator may be cut differently, and a stage that comes back to an earlier 
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,8 +67,11 @@ def sizes_of(parallel: ParallelConfig) -> Sizes:
     )
 
 
-def use(parallel: ParallelConfig) -> Layout:
-    """Makes a layout the active one; its groups are built when it is seen first. A collective of all ranks."""
+def use(parallel: ParallelConfig, timeout_minutes: int) -> Layout:
+    """Makes a layout the active one; its groups are built when it is seen first. A collective of all ranks.
+
+    timeout_minutes   for every collective of these groups: those of the group of all ranks is not theirs
+    """
     global _active
     if not _layouts:
         _unset.update(_globals())
@@ -83,20 +87,22 @@ def use(parallel: ParallelConfig) -> Layout:
             expert_model_parallel_size=sizes[4],
             expert_tensor_parallel_size=sizes[5],
             create_gloo_process_groups=True,
+            distributed_timeout_minutes=timeout_minutes,
         )
-        _active = _layouts[sizes] = Layout(sizes, _globals(), getattr(parallel_random, _TRACKER), _make_model_group())
+        group = _make_model_group(datetime.timedelta(minutes=timeout_minutes))
+        _active = _layouts[sizes] = Layout(sizes, _globals(), getattr(parallel_random, _TRACKER), group)
     _switch(_layouts[sizes])
     return _layouts[sizes]
 
 
-def _make_model_group() -> dist.ProcessGroup | None:
+def _make_model_group(timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """For Python objects, over gloo. A collective of all ranks."""
     if parallel_state.get_data_parallel_world_size() == dist.get_world_size():
         return None
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, parallel_state.get_data_parallel_rank())
     models = [[rank for rank, place in enumerate(places) if place == model] for model in sorted(set(places))]
-    group, _ = dist.new_subgroups_by_enumeration(models, backend="gloo")
+    group, _ = dist.new_subgroups_by_enumeration(models, timeout=timeout, backend="gloo")
     return group
 
 

@@ -222,7 +222,7 @@ def initialize(parallel: ParallelConfig, config: RuntimeConfig) -> Runtime:
             where="parallel",
             remedy=f"start a multiple of {model_parallel} ranks (torchrun --nproc-per-node), or change the sizes",
         )
-    layout = layouts.use(parallel)
+    layout = layouts.use(parallel, config.distributed_timeout_minutes)
     seed_everything(config.seed)
     return _place(layout, parallel, device)
 
@@ -235,7 +235,7 @@ def beside(runtime: Runtime, parallel: ParallelConfig, config: RuntimeConfig) ->
     if layouts.sizes_of(parallel) == runtime.layout.sizes:
         return runtime
     with runtime.layout.active():
-        layout = layouts.use(parallel)
+        layout = layouts.use(parallel, config.distributed_timeout_minutes)
         seed_everything(config.seed)
         other = _place(layout, parallel, runtime.device)
     seed_everything(config.seed)
@@ -307,14 +307,13 @@ def session(parallel: ParallelConfig, config: RuntimeConfig) -> Iterator[Runtime
 
     Raises RankLost where a collective fails because of another rank.
     """
-    outermost = not dist.is_initialized()
-    runtime = initialize(parallel, config)
-    if not outermost:
-        yield runtime
+    if dist.is_initialized():
+        yield initialize(parallel, config)
         return
-    watch.begin(config.lost_rank_seconds)
+    _join(resolve_device(config.device), datetime.timedelta(minutes=config.distributed_timeout_minutes))
+    watch.begin(config.lost_rank_seconds)  # first: to cut the ranks into groups takes all of them
     try:
-        yield runtime
+        yield initialize(parallel, config)
     except BaseException as error:
         cause = watch.explain(error)
         if cause is error:
