@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from helpers.ranks import run_ranks
+from helpers.ranks import RankError, run_ranks
 from helpers.rows import CPU
 from helpers.served import MAX_LENGTH, Served, served
 
@@ -95,6 +95,36 @@ def on_vllm(tensor_parallel: int, engine_parallel: int) -> tuple[Outcome, dict[s
         prompts = [place.prompts[index] for index in mine]
         found = outcome(engine.generate(prompts, sampling(), num_rollouts_per_prompt=ROLLOUTS, seeds=seeds))
         return found, in_trouble(engine, place, policy) if tensor_parallel > 1 else {}
+
+
+def with_a_rank_that_fails() -> None:
+    from prism_nemo.rollout.vllm import ServedModel, VLLMEngine
+
+    place, parallel = served(), ParallelConfig(tensor_model_parallel_size=2)
+    vllm = VLLMConfig(kv_cache_gb=0.1, tensor_model_parallel_size=2)
+    with session(parallel, RuntimeConfig(device=Device.cpu)) as runtime:
+        policy = PolicyModel(ModelConfig(path=str(place.directory), precision=Precision.fp32), parallel, runtime)
+        engine = VLLMEngine(RolloutConfig(engine=RolloutEngineKind.vllm, vllm=vllm), ServedModel.of(policy, MAX_LENGTH))
+        engine.update_weights(policy.hf_tensors(), 0)
+        step, done = engine._llm.llm_engine.step, []
+
+        def fail() -> Any:
+            done.append(True)
+            if len(done) > 3:
+                raise MemoryError("no room in vLLM")
+            return step()
+
+        if dist.get_rank() == 0:
+            engine._llm.llm_engine.step = fail
+        engine.generate(place.prompts, sampling(), num_rollouts_per_prompt=1, seeds=range(len(place.prompts)))
+
+
+@pytest.mark.vllm
+def test_a_rank_that_fails_within_vllm_ends_those_that_wait_for_it_there() -> None:
+    """They cannot be told, and the limit of collectives is not theirs: the watch over ranks ends them."""
+    with pytest.raises(RankError, match=r"EngineBroken: vLLM failed on this rank: MemoryError: no room in vLLM") as raised:
+        run_ranks(with_a_rank_that_fails, 2, timeout_seconds=400.0)
+    assert "not finished after" not in str(raised.value)
 
 
 @pytest.mark.vllm

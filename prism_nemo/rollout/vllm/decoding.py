@@ -20,6 +20,10 @@ from prism_nemo.rollout.vllm.requests import Request, check_finite, request_para
 _names = itertools.count()  # of responses; no two alike in a process, whose engines are used by one stage after the other
 
 
+class EngineBroken(RuntimeError):
+    """vLLM failed on one of several ranks that share an engine: the others may wait for it in there, and hear of nothing."""
+
+
 @dataclass(eq=False)
 class Generation:
     """The responses of one call: see `OngoingGeneration`."""
@@ -92,7 +96,7 @@ class Decoder:
     def step(self) -> None:
         """A token more of every response that there is room for. What goes wrong with one generation ends that one alone.
 
-        Raises what vLLM raises; then nothing is running any more.
+        Raises what vLLM raises, where several ranks share it as the cause of EngineBroken; then nothing is running any more.
         """
         try:
             outputs = self._llm.llm_engine.step()
@@ -100,6 +104,8 @@ class Decoder:
             for generation in list(self._generations):
                 generation.error = error
                 self.drop(generation)
+            if self._group is not None and isinstance(error, Exception):
+                raise EngineBroken(f"vLLM failed on this rank: {type(error).__name__}: {error}") from error
             raise
         for output in outputs:
             owner = self._owner.get(output.request_id)

@@ -14,7 +14,7 @@ from prism_nemo.errors import PrismError
 from prism_nemo.models.weights import HFTensors
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import InProcessEngine, Rollout, RolloutError, SamplingParams
-from prism_nemo.rollout.vllm.decoding import Decoder, Generation
+from prism_nemo.rollout.vllm.decoding import Decoder, EngineBroken, Generation
 from prism_nemo.rollout.vllm.requests import Request, engine_input
 from prism_nemo.rollout.vllm.start import ServedModel, give_back, start_engine
 
@@ -174,7 +174,10 @@ class VLLMEngine(InProcessEngine):
             )
 
     def _on_all_ranks(self, make: Callable[[], T]) -> list[T]:
-        """What `make()` returned on each engine of the ranks that hold one model. What it raises on one is raised on all."""
+        """What `make()` returned on each engine of the ranks that hold one model. What it raises on one is raised on all.
+
+        But for EngineBroken: there are ranks that cannot be told, and that one rank ends is how they hear of it.
+        """
         group = self._model.group
         if group is None:
             return [make()]
@@ -182,6 +185,8 @@ class VLLMEngine(InProcessEngine):
         problem: Exception | None = None
         try:
             made = [make()]
+        except EngineBroken:
+            raise
         except Exception as error:
             problem = error
         told: list[tuple[list[T], PrismError | None]] = [([], None)] * group.size()
