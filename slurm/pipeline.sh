@@ -56,7 +56,7 @@ once() {
 refuse_twice() {
     [[ -f $journal ]] || return
     local -a alive
-    mapfile -t alive < <(squeue --noheader --me --format=%A | sort -u | grep -Fxf "$journal")
+    mapfile -t alive < <(squeue --noheader --me --format=%A | sort --numeric-sort --unique | grep -Fxf "$journal")
     ((${#alive[@]})) || return
     # This job was itself requeued between two submissions.
     if ((${SLURM_RESTART_COUNT:-0})); then scancel "${alive[@]}"; return; fi

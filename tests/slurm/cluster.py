@@ -44,6 +44,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 MessageTimeout=20
+MinJobAge=3600
 SlurmctldParameters=enable_configless
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 GresTypes=gpu
