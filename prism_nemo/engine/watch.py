@@ -308,6 +308,8 @@ def begin(silence_seconds: float | None) -> None:
     _watch = Watch(store.clone(), dist.get_rank(), dist.get_world_size(), silence_seconds)
     dist.barrier()
     _watch.start()
+    if _watch.rank == 0:
+        print(f"{_watch.world_size} ranks have met", file=sys.stderr, flush=True)
 
 
 def end() -> None:
