@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.rows import CPU, one_rank
-from helpers.tiny import TinyModel
+from helpers.tiny import IMAGE_TOKEN, VIDEO_TOKEN, TinyModel, make_prompt
 
 from prism_nemo.config.enums import Precision, RolloutPlacement
 from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig
@@ -26,6 +26,17 @@ from prism_nemo.rollout.megatron import MegatronEngine
 from prism_nemo.rollout.remote import RemoteEngine
 from prism_nemo.rollout.server import EngineHost, RolloutServer
 from prism_nemo.rollout.wire import GenerateRequest
+
+PROMPTS = (
+    make_prompt([(4, 6), (8, 4)], seed=1),
+    make_prompt([(6, 4)], seed=2, text_length=2),
+    make_prompt([], seed=3, text_length=11),
+    make_prompt([(2, 2), (4, 4), (2, 8)], seed=4, text_length=3),
+    make_prompt([], seed=5, text_length=1),
+    make_prompt([(4, 4)], seed=6),
+)
+SAMPLING = SamplingParams(0.9, 0.97, 90, 24, 5, (IMAGE_TOKEN, VIDEO_TOKEN, 7))
+COUNT = 3
 
 
 def policy_of(tiny: TinyModel) -> PolicyModel:
@@ -123,6 +134,10 @@ def in_process(
         found = engine.generate(chunk, sampling, num_rollouts_per_prompt=count, seeds=seeds)
         rollouts += [replace(rollout, prompt_index=first + rollout.prompt_index) for rollout in found]
     return rollouts
+
+
+def generate(engine: Any, sampling: SamplingParams = SAMPLING) -> Any:
+    return engine.generate(PROMPTS, sampling, num_rollouts_per_prompt=COUNT, seeds=range(COUNT * len(PROMPTS)))
 
 
 def assert_bit_equal(found: Sequence[Rollout], expected: Sequence[Rollout]) -> None:
