@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> bool:
 def verify(hf: Path, checkpoint: Path, *, model: str | None = None, outputs: bool = True) -> Verdict:
     """Compares the two. Raises CheckpointError when one of them cannot be read, or they are of different kinds of model."""
     directory = find_checkpoint(checkpoint, model)
-    manifest.check_manifest(directory)
+    problems = manifest.problems(directory, contents=False)  # tensors are compared, so that a changed byte is named by its tensor
+    if problems:
+        raise manifest.damaged(problems[0], directory)
     verdict = Verdict()
     with ExitStack() as stack:
         reader = stack.enter_context(HFReader(hf))
