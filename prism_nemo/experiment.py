@@ -343,14 +343,17 @@ def read_metrics(directory: Path, *, times: bool = True) -> list[dict[str, Any]]
     path = directory / METRICS
     if not path.is_file():
         raise PrismError("no metrics here", where=str(path), remedy="name the run directory of a stage")
-    return [
-        {
-            name: NON_FINITE[value] if isinstance(value, str) and name != "prefix" else value
-            for name, value in row.items()
-            if times or not name.startswith(TIME_PREFIX)
-        }
-        for row in read_json_lines(path)
-    ]
+    try:
+        return [
+            {
+                name: NON_FINITE[value] if isinstance(value, str) and name != "prefix" else value
+                for name, value in {"step": row["step"], "prefix": row["prefix"], **row}.items()
+                if times or not name.startswith(TIME_PREFIX)
+            }
+            for row in list(read_json_lines(path))
+        ]
+    except KeyError as error:
+        raise PrismError(f"this is no file of metrics: {error}", where=str(path)) from error
 
 
 def _refuse_foreign_files(directory: Path) -> None:

@@ -107,7 +107,10 @@ def resolve_model_directory(path: Path, name: str) -> Path:
     """
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
-            path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+            newest = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+            if Path(newest).name != newest:  # it stands for a folder beside it
+                raise PrismError("this names no checkpoint", where=str(folder / LATEST), remedy="the name of a step's folder")
+            path = folder / newest
     return path / name if (path / name).is_dir() else path
 
 
@@ -162,13 +165,16 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises PrismError naming the line when one is no JSON.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("it is no object")
+                yield row
+            except (ValueError, RecursionError) as error:
                 raise PrismError(f"not a line of JSON: {error}", where=f"{path}, line {number}") from error
 
 

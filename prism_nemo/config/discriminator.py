@@ -6,12 +6,12 @@ and nothing else would tell.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.schema import DiscriminatorConfig
 from prism_nemo.errors import ConfigError
+from prism_nemo.json_files import read_json_object
 from prism_nemo.run_directory import resolve_model_directory
 
 FOLDER = "discriminator"  # of a checkpoint
@@ -34,7 +34,7 @@ def check_warmed_up(config: DiscriminatorConfig) -> None:
             where=f"discriminator.path: {config.path}",
             remedy="give the run directory of a warm-up (prism-nemo warmup), or the checkpoint of one",
         )
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json_object(file, remedy="copy the checkpoint again", kind=ConfigError)
     text = stored["text_config"]
     found: dict[str, Any] = {"num_experts": text.get("num_experts") or 1, **stored.get(TRAINED_WITH, {})}
     wanted: dict[str, Any] = {"num_experts": config.num_experts, **trained_with(config)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prism_nemo.config.schema import AlignConfig, DiscriminatorParallelConfig, ParallelConfig
 from prism_nemo.errors import ConfigError, LayoutError
+from prism_nemo.json_files import read_json_object
 from prism_nemo.run_directory import resolve_model_directory
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
@@ -61,11 +61,8 @@ def read_model_sizes(path: Path, *, key: str) -> ModelSizes:
             where=f"{key}: {path}",
             remedy="give the directory that holds config.json, or a checkpoint directory with hf/config.json",
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"this file is not JSON: {error}", where=str(file), remedy="copy the model again") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json_object(file, remedy="copy the model again", kind=ConfigError)
+    model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(
             f"{key} is a {model_type!r} model", where=str(file), remedy=f"use a Qwen3-VL ({' or '.join(MODEL_TYPES)})"

@@ -18,6 +18,8 @@ from prism_nemo.convert.qwen3_vl import MEGATRON_SCORE_HEAD, Config, hf_shapes, 
 from prism_nemo.convert.sources import CheckpointSource
 from prism_nemo.convert.torch_dist import METADATA, OPTIMIZER_UPDATES, TorchDistCheckpoint, is_torch_dist, read_content
 from prism_nemo.errors import CheckpointError, PrismError
+from prism_nemo.json_files import read_json_object
+from prism_nemo.printable import printable
 from prism_nemo.run_directory import LATEST
 
 _TRAINER = "trainer.json"  # of a step's folder
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> bool:
     if options.json:
         print(json.dumps(asdict(description) | {"whole": description.whole}, indent=1))
     else:
-        print("\n".join(_lines(description)))
+        print("\n".join(map(printable, _lines(description))))
     return description.whole
 
 
@@ -137,11 +139,9 @@ def _layout(stored: TorchDistCheckpoint) -> str:
 def _step(path: Path, models: list[Path]) -> Description:
     result = Description(str(path), "step of a run" if (path / _TRAINER).is_file() else "checkpoint folder")
     try:
-        trainer = json.loads((path / _TRAINER).read_text())
+        trainer = read_json_object(path / _TRAINER) if (path / _TRAINER).is_file() else {}
         result.facts |= {key: trainer[key] for key in ("step", "world_size", "consumed_samples") if key in trainer}
-    except FileNotFoundError:
-        pass
-    except ValueError:
+    except PrismError:
         result.problems.append(f"{_TRAINER} is not JSON")
     result.parts = [_checkpoint(model) for model in models]
     if not models:
@@ -173,10 +173,10 @@ def _run(path: Path, folder: Path) -> Description:
 def _conversion(path: Path) -> Description:
     result = Description(str(path), "conversion under way, or cut off")
     try:
-        plan = json.loads((path / "plan.json").read_text())
+        plan = read_json_object(path / "plan.json")
         done = sum(entry.is_file() and not entry.name.startswith(".") for entry in (path / "journal").iterdir())
         result.facts |= {"to": plan.get("to"), "files": f"{done} of {len(plan['write'])} are finished"}
-    except (OSError, ValueError, KeyError):
+    except (PrismError, OSError, ValueError, TypeError, KeyError):
         pass
     result.problems.append("it is not finished; the same command goes on with it")
     return result

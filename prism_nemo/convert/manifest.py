@@ -113,7 +113,10 @@ def _read(file: Path) -> dict[str, tuple[int, str | None]] | None:
     """Size and hash of every file; no hash in a manifest of an earlier version. None when there is no manifest."""
     if not file.is_file():
         return None
-    entries: Mapping[str, Any] = json.loads(file.read_text())
+    try:
+        entries: Mapping[str, Any] = json.loads(file.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     return {
         name: (int(entry), None) if isinstance(entry, int | str) else (int(entry["bytes"]), str(entry["blake2b"]))
         for name, entry in entries.items()

@@ -391,6 +391,6 @@ def is_torch_dist(directory: Path) -> bool:
     """Whether Megatron would take the directory for a `torch_dist` checkpoint."""
     try:
         config = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("sharded_backend") == "torch_dist"

@@ -23,6 +23,7 @@ from prism_nemo.errors import PrismError
 from prism_nemo.evaluation.metrics import CONFIDENCE, resampled_ratios
 from prism_nemo.evaluation.samples import Sample
 from prism_nemo.experiment import SAMPLES
+from prism_nemo.json_files import read_json_object
 from prism_nemo.printable import printable
 from prism_nemo.run_directory import read_json_lines, write_atomically
 
@@ -81,7 +82,7 @@ def read_run(directory: Path, decoding: str) -> dict[str, EvaluatedRecord]:
         raise PrismError(
             "no finished evaluation is here", where=str(directory), remedy="name a directory that `prism-nemo eval` has written"
         )
-    summary = json.loads(result.read_text(encoding="utf-8"))
+    summary = read_json_object(result)
     rows: dict[str, list[dict[str, Any]]] = {}
     decodings = set()
     for row in read_json_lines(file):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from prism_nemo.config.layout import MODEL_TYPES
 from prism_nemo.errors import ConfigError
+from prism_nemo.json_files import read_json_object
 from prism_nemo.run_directory import resolve_model_directory
 
 # layers, hidden, intermediate, heads, key/value heads, tied, (experts, top-k, expert width), vision
@@ -203,12 +203,7 @@ def _read_config(path: Path, option: str) -> Mapping[str, Any]:
     found = next((folder for folder in folders if folder.name in ("policy", "discriminator")), path)
     for file in (found / "hf" / "config.json", found / "config.json"):
         if file.is_file():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"this file is not JSON: {error}", where=str(file), remedy="copy the model again") from error
-            if isinstance(config, dict):
-                return config
+            return read_json_object(file, remedy="copy the model again", kind=ConfigError)
     raise ConfigError(
         "there is no config.json", where=f"{option}: {path}", remedy="give a HuggingFace directory, a run or a checkpoint"
     )

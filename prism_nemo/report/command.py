@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from prism_nemo.errors import PrismError
+from prism_nemo.json_files import read_json_object
 from prism_nemo.report import evaluation, table
 from prism_nemo.report.curves import draw_curves
 from prism_nemo.run_directory import write_atomically
@@ -27,13 +27,14 @@ def run(run_dir: Path) -> None:
     console = Console()
     found = next((name for name in (SUMMARY, EVALUATION) if (run_dir / name).is_file()), None)
     if found is not None:
-        try:
-            content = json.loads((run_dir / found).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise PrismError(f"not JSON: {error}", where=str(run_dir / found)) from error
+        content = read_json_object(run_dir / found)
         form = table if found == SUMMARY else evaluation
-        console.print(form.render_table(content))
-        write_atomically(run_dir / "report.md", form.render_markdown(content))
+        try:
+            shown, markdown = form.render_table(content), form.render_markdown(content)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # a word in the place of a figure, …
+            raise PrismError("this is not what a run of this program writes", where=str(run_dir / found)) from error
+        console.print(shown)
+        write_atomically(run_dir / "report.md", markdown)
         console.print(f"table:  {run_dir / 'report.md'}", soft_wrap=True, highlight=False)
     if draw_curves(run_dir, run_dir / "curves.png"):
         console.print(f"curves: {run_dir / 'curves.png'}", soft_wrap=True, highlight=False)

@@ -6,7 +6,6 @@ Faint lines are single steps, strong ones their running mean, dots are validatio
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import METRICS, STATUS, read_metrics
+from prism_nemo.json_files import read_json_object
 from prism_nemo.report.arms import arm_of, in_order
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def read_stages(run_dir: Path) -> list[StageMetrics]:
     return [
         StageMetrics(
             name=arm.key,
-            stage=json.loads((folders[arm.key] / STATUS).read_text(encoding="utf-8"))["stage"],
+            stage=str(read_json_object(folders[arm.key] / STATUS).get("stage")),
             rows=read_metrics(folders[arm.key]),
         )
         for arm in in_order(set(folders))

@@ -64,7 +64,7 @@ def test_groups_fit_where_they_should() -> None:
 def test_a_wheels_files_are_found_inside_the_package(tmp_path: Path) -> None:
     package = tmp_path / "site" / "prism_nemo"
     shutil.copytree(REPOSITORY / "prism_nemo" / "config", package / "config")
-    for name in ("__init__.py", "errors.py", "printable.py"):
+    for name in ("__init__.py", "errors.py", "json_files.py", "printable.py"):
         shutil.copy(REPOSITORY / "prism_nemo" / name, package / name)
     shutil.copytree(REPOSITORY / "conf", package / "conf")
     code = (

@@ -340,7 +340,7 @@ def test_a_checkpoint_keeps_its_model_below_hf(place: Path) -> None:
     [
         ("{", "this file is not JSON"),
         ('{"model_type": "llava"}', "model.path is a 'llava' model"),
-        ("[]", "model.path is a None model"),
+        ("[]", "this file holds no JSON object"),
         ('{"model_type": "qwen3_vl"}', "the model's configuration lacks 'text_config'"),
     ],
 )
