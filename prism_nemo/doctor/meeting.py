@@ -95,6 +95,7 @@ class Host:
         self._ended: set[int] = set()
         self._given_up: set[int] = set()
         self._heard: dict[int, float] = {}
+        self._waiting: set[int] = set()
         self._listener = self._listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -132,7 +133,10 @@ class Host:
                 if "missing" in line:
                     _send(connection, {"missing": self._missing()})
                     continue
+                self._waiting.add(rank)  # its signs of life are not read meanwhile
                 found = self._speak(rank, line["round"], line["value"])
+                self._heard[rank] = time.monotonic()
+                self._waiting.discard(rank)
                 values = found.values if line["to_all"] or rank == 0 else []
                 _send(connection, {"values": values, "ended": sorted(found.ended), "silent": sorted(found.silent)})
         if rank is not None:
@@ -170,10 +174,12 @@ class Host:
 
     def _missing(self) -> list[int]:
         with self._changed:
-            return sorted(self._ended | self._given_up | {rank for rank in self._heard if self._is_silent(rank)})
+            return sorted(self._ended | self._given_up | {rank for rank in list(self._heard) if self._is_silent(rank)})
 
     def _is_silent(self, rank: int) -> bool:
-        return rank in self._heard and time.monotonic() - self._heard[rank] > min(_SILENT_SECONDS, self._limit)
+        if rank not in self._heard or rank in self._waiting:
+            return False
+        return time.monotonic() - self._heard[rank] > min(_SILENT_SECONDS, self._limit)
 
 
 class Guest:

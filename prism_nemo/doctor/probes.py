@@ -166,10 +166,10 @@ def vllm() -> Findings:
     """Whether vLLM's code can be loaded; only rollout/vllm imports it, and so does this, through that."""
     say_at("importing vLLM")
     import importlib
-    import importlib.metadata
+    import sys
 
     importlib.import_module("prism_nemo.rollout.vllm.engine")
-    return _told(ok("vllm", f"{importlib.metadata.version('vllm')} can be imported"))
+    return _told(ok("vllm", f"{sys.modules['vllm'].__version__} can be imported"))
 
 
 # The shared file system: a folder that the first node makes, and all look into.

@@ -143,6 +143,19 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert "because rank 1 is missing" in checks(report, "node0")["all-reduce"]["text"]
 
 
+def test_who_waits_for_long_is_not_missing(tmp_path: Path) -> None:
+    """A rank whose own all-reduce has died waits for the others longer than a sign of life may stay away."""
+    with ranks(2, tmp_path, "--limit", "24") as (first, second):
+        second.wait_for(second.is_in("all_reduce"))
+        for child in psutil.Process(second.process.pid).children():
+            child.kill()
+        status, report = first.report()
+    assert status == 1
+    assert "rank 1 ended with status -9" in checks(report, "node1")["all-reduce"]["text"]
+    found = [check for node in report["nodes"] for check in checks(report, node).values()]
+    assert not any("missing" in check["text"] or check["check"] == "ranks" for check in found)
+
+
 def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     with ranks(2, tmp_path, "--limit", "20") as (first, second):
         second.wait_for(second.is_in("torch"))
