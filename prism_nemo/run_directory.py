@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             while left:
                 left = left[file.write(left) :]
         except OSError:
-            file.truncate(end)
+            with suppress(OSError):
+                file.truncate(end)
             raise
 
 
