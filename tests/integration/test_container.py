@@ -185,7 +185,10 @@ def test_every_main_version_is_on_the_package_index() -> None:
 
     def versions(name: str) -> list[str] | None:
         command = [sys.executable, "-m", "pip", "index", "versions", "--pre", "--disable-pip-version-check", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        except subprocess.TimeoutExpired:
+            pytest.skip("the package index does not answer")
         match = re.search(r"Available versions: (.*)", done.stdout)
         return match[1].split(", ") if match else None
 
