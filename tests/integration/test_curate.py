@@ -387,10 +387,10 @@ def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             ([*ALL, "curate.exclude=[none.jsonl]"], "curate.exclude: none.jsonl"),
             (["curate.pass_rates=none.jsonl"], "curate.pass_rates: none.jsonl"),
             ([*ALL, f"teacher.api_key_env={VARIABLE}"], f"teacher.api_key_env: {VARIABLE}"),
-            ([*ALL, "teacher.base_url=http://me:secret@host/v1"], "teacher.base_url"),
+            ([*ALL, "teacher.base_url=http://me:hunter2@host/v1"], "teacher.base_url"),
         ):
             with pytest.raises(ConfigError) as caught:
                 curate(tmp_path / "run", server, *given)
-            assert caught.value.where == where and "secret" not in str(caught.value)
+            assert caught.value.where == where and "hunter2" not in str(caught.value)
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert server.seen == []
