@@ -375,4 +375,4 @@ def _fail(error: PrismError, *, silent: bool = False) -> int:
             traceback.print_exception(error)
         prefix = f"[rank {_rank()}] " if _rank() > 0 else ""
         print(f"{prefix}{PROGRAM}: {error}", file=sys.stderr)
-    return 2
+    return error.exit_status

@@ -9,9 +9,11 @@ class PrismError(Exception):
     """A mistake in the input, the configuration or the environment, said so that it can be mended.
 
     `what` went wrong, `where` (a file, a record, a config key) and the `remedy`. The command line prints
-    the three and exits with status 2; it shows no traceback. Invariants of our own code are asserts instead.
+    the three and exits with `exit_status`; it shows no traceback. Invariants of our own code are asserts instead.
     They may quote data, file names and servers: as text, what does not print is escaped, and `where` is one line.
     """
+
+    exit_status = 2  # 1 where the same command may well succeed later, so that a job script starts it again
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what = what

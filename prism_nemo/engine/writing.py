@@ -25,6 +25,8 @@ _failures: list[Exception] = []  # of the files that the main rank alone writes,
 class SaveError(CheckpointError):
     """A checkpoint could not be written. Raised on all ranks alike; earlier checkpoints are as they were."""
 
+    exit_status = 1
+
 
 @contextmanager
 def together(runtime: Runtime, directory: Path) -> Iterator[None]:

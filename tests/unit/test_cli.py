@@ -15,6 +15,7 @@ from prism_nemo import cli
 from prism_nemo.config.compose import SCHEMAS, load_config
 from prism_nemo.config.keys import keys
 from prism_nemo.config.schema import SFTConfig
+from prism_nemo.engine.writing import SaveError
 from prism_nemo.errors import DataError
 
 HEAVY = {"torch", "megatron", "transformers", "hydra", "numpy", "vllm"}
@@ -214,6 +215,17 @@ def test_a_rank_that_fails_alone_in_a_stage_says_so(
     monkeypatch.setenv("RANK", "1")
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == "[rank 1] prism-nemo: an image is broken\n  where: 17.png\n  remedy: mend it\n"
+
+
+def test_what_may_succeed_later_ends_with_1(sft_stage: tuple[types.ModuleType, list[str]]) -> None:
+    """Job scripts start it again."""
+    module, arguments = sft_stage
+
+    def fail(config: SFTConfig) -> None:
+        raise SaveError("the disk is full")
+
+    module.run = fail  # type: ignore[attr-defined]
+    assert cli.main(arguments) == 1
 
 
 def test_an_interrupted_stage_ends_with_130(sft_stage: tuple[types.ModuleType, list[str]]) -> None:
