@@ -18,8 +18,8 @@ from slurm.jobs import Jobs
 from prism_nemo.config.compose import load_config
 from prism_nemo.run_directory import read_json_lines
 
-# So many steps, a checkpoint behind every second one.
-OPTIONS = ("trainer.max_steps=12", "trainer.save_interval=2", "trainer.val_check_interval=6", "data.shuffle=true")
+# So many steps that no quick machine is through before the last disturbance; a checkpoint behind every second one.
+OPTIONS = ("trainer.max_steps=40", "trainer.save_interval=2", "trainer.val_check_interval=20", "data.shuffle=true")
 
 
 def align(run: Path) -> list[str]:
