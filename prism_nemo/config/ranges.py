@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
+from prism_nemo.config.digits import DigitsConfig
 from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings, VLLMConfig
 from prism_nemo.config.schema import (
     AlignAlgorithmConfig,
     CurateConfig,
     DataConfig,
-    DigitsConfig,
     DiscriminatorConfig,
     EvalConfig,
     GenerateConfig,

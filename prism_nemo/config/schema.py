@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from prism_nemo.config.digits import DigitsConfig
 from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
 from prism_nemo.config.enums import (
     Aggregation,
@@ -379,17 +380,6 @@ class PipelineStage:
     name: str = MISSING  # names the stage's folder under the run directory
     stage: StageKind = MISSING  # what runs
     overrides: list[str] = field(default_factory=list)  # KEY=VALUE; ${policy:NAME}, discriminator:, pairs: what stage NAME made
-
-
-@dataclass
-class DigitsConfig:
-    """The bundled digits task, written to `data/` and `model/` of the run directory before the first stage."""
-
-    enabled: bool = False  # write the task's records and its untrained model
-    num_public: int = 1000  # noisy demonstrations
-    num_teacher: int = 1000  # clean demonstrations
-    num_prompts: int = 1000  # prompts with answers
-    num_test: int = 400  # held-out problems, over digits that no other file shows
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The configuration of a rollout server out of that of a run, which names it by `rollout.servers.urls`."""
+"""The configuration of a rollout server out of that of the run that it samples for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from prism_nemo.config.compose import load_config
-from prism_nemo.config.enums import RolloutPlacement
-from prism_nemo.config.rollout import RolloutServersConfig
+from prism_nemo.config.enums import Device, RolloutPlacement
+from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings
 from prism_nemo.config.schema import (
     AlignConfig,
     CurateConfig,
     DataConfig,
     EvalConfig,
     GenerateConfig,
+    ModelConfig,
     PairsConfig,
     RLVRConfig,
     RuntimeConfig,
@@ -34,12 +35,16 @@ def server_of(stage: str, overrides: Sequence[str], *, config_file: Path | None 
         raise ConfigError(f"{stage} has no rollouts", where="--of", remedy="pairs, align, rlvr, eval or generate")
     server = load_config("serve", [*own, f"model.path={run.model.path}"])
     assert isinstance(server, ServeConfig)
-    room = 2 * run.rollout.servers.weight_bucket_mb
-    return replace(
-        server,
-        model=run.model,
-        runtime=RuntimeConfig(device=run.runtime.device),
-        data=DataConfig(max_prompt_length=run.data.max_prompt_length, max_response_length=run.data.max_response_length),
-        rollout=replace(run.rollout, placement=RolloutPlacement.colocated, max_staleness=0, servers=RolloutServersConfig()),
-        serve=replace(server.serve, max_request_mb=max(server.serve.max_request_mb, room)),
+    return serving(run.model, run.runtime.device, run.data, run.rollout, server.serve)
+
+
+def serving(model: ModelConfig, device: Device, data: DataConfig, rollout: RolloutConfig, settings: ServeSettings) -> ServeConfig:
+    """Of a server that samples for a run with these `data` and `rollout`; it takes requests as long as two buckets of weights."""
+    room = 2 * rollout.servers.weight_bucket_mb
+    return ServeConfig(
+        model=model,
+        runtime=RuntimeConfig(device=device),
+        data=DataConfig(max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length),
+        rollout=replace(rollout, placement=RolloutPlacement.colocated, max_staleness=0, servers=RolloutServersConfig()),
+        serve=replace(settings, max_request_mb=max(settings.max_request_mb, room)),
     )

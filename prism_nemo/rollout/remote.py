@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.compose import dump_config
-from prism_nemo.config.enums import Device, Precision, RolloutEngineKind, RolloutPlacement
-from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings
-from prism_nemo.config.schema import DataConfig, ModelConfig, RuntimeConfig, ServeConfig
+from prism_nemo.config.enums import Device, Precision, RolloutEngineKind
+from prism_nemo.config.rollout import RolloutConfig, ServeSettings
+from prism_nemo.config.schema import DataConfig, ModelConfig, ServeConfig
+from prism_nemo.config.serving import serving
 from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import SLICE_SECONDS, PendingGeneration, Rollout, RolloutError, SamplingParams, shared_rollouts
@@ -258,14 +258,6 @@ class _NotHere:
 def server_config(config: RolloutConfig, policy: PolicyModel, data: DataConfig, *, host: str) -> ServeConfig:
     """Of a server that this run starts: the policy's model, on the kind of device that the policy is on."""
     dtype = next(iter(policy.chunks[0].parameters())).dtype
-    settings = ServeSettings(host=host, port=0)
-    settings.max_request_mb = max(settings.max_request_mb, 2 * config.servers.weight_bucket_mb)
-    return ServeConfig(
-        model=ModelConfig(
-            path=str(policy.assets.resolve()), precision=Precision.bf16 if dtype == torch.bfloat16 else Precision.fp32
-        ),
-        runtime=RuntimeConfig(device=Device(policy.runtime.device.type)),
-        data=DataConfig(max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length),
-        rollout=replace(config, placement=RolloutPlacement.colocated, max_staleness=0, servers=RolloutServersConfig()),
-        serve=settings,
-    )
+    precision = Precision.bf16 if dtype == torch.bfloat16 else Precision.fp32
+    model = ModelConfig(path=str(policy.assets.resolve()), precision=precision)
+    return serving(model, Device(policy.runtime.device.type), data, config, ServeSettings(host=host, port=0))

@@ -21,6 +21,7 @@ from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
 from prism_nemo.models.qwen3_vl.model import Qwen3VLModel
 from prism_nemo.packing.groups import EncodedPrompt
 from prism_nemo.rollout.base import Rollout, SamplingParams
+from prism_nemo.rollout.fleet import LocalMember
 from prism_nemo.rollout.loading import ServedMegatronEngine
 from prism_nemo.rollout.megatron import MegatronEngine
 from prism_nemo.rollout.remote import RemoteEngine
@@ -155,3 +156,12 @@ def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
+
+
+def members(engine: RemoteEngine) -> list[LocalMember]:
+    assert engine._fleet is not None
+    return [member for member in engine._fleet._members.values() if isinstance(member, LocalMember)]
+
+
+def pid_of(member: LocalMember) -> int:
+    return member._process.process.pid

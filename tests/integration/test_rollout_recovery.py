@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import wait
 from types import SimpleNamespace
 from typing import Any
@@ -37,16 +35,12 @@ from prism_nemo.rollout.sampler import PendingRollouts, Sampler
 from prism_nemo.rollout.weight_link import Receiver
 from prism_nemo.rollout.wire import GenerateRequest
 
+pytestmark = pytest.mark.usefixtures("events")
+
 
 @pytest.fixture(scope="module")
 def dense() -> PolicyModel:
     return policy_of(tiny_model())
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_caught(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    with caplog.at_level(logging.INFO, logger="prism_nemo.rollout"):
-        yield
 
 
 def test_a_request_that_gets_no_thread_is_an_error(dense: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -11,13 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.rollout_servers import assert_bit_equal, in_process, policy_of, remote_engine, until
+from helpers.rollout_servers import assert_bit_equal, in_process, members, pid_of, policy_of, remote_engine, until
 from helpers.stages import run_stage, written
 from helpers.tiny import IMAGE_TOKEN, make_prompt, tiny_model
 
@@ -33,25 +32,12 @@ PROMPTS = tuple(make_prompt([(4, 6)] if index % 2 else [], seed=index) for index
 LONG = SamplingParams(1.0, 1.0, 0, 120, -1, (IMAGE_TOKEN,))  # seconds a call: there is time to disturb it
 COUNT = 2
 
+pytestmark = pytest.mark.usefixtures("events")
+
 
 @pytest.fixture(scope="module")
 def policy() -> PolicyModel:
     return policy_of(tiny_model())
-
-
-@pytest.fixture(autouse=True)
-def events(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="prism_nemo.rollout"):
-        yield caplog
-
-
-def members(engine: RemoteEngine) -> list[LocalMember]:
-    assert engine._fleet is not None
-    return [member for member in engine._fleet._members.values() if isinstance(member, LocalMember)]
-
-
-def pid_of(member: LocalMember) -> int:
-    return member._process.process.pid
 
 
 def gone(pid: int) -> bool:

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,12 @@ from prism_nemo.rollout.base import RolloutError, SamplingParams
 from prism_nemo.rollout.exchange import Address, ExchangeError
 from prism_nemo.rollout.wire import GenerateRequest, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("events")
+
 
 @pytest.fixture(scope="module")
 def dense() -> PolicyModel:
     return policy_of(tiny_model())
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_caught(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    with caplog.at_level(logging.INFO, logger="prism_nemo.rollout"):
-        yield
 
 
 def nothing_happened(engine: Any) -> bool:

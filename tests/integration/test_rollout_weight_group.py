@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.rollout_servers import Host, assert_bit_equal, in_process, policy_of, remote_engine, serving, until
+from helpers.rollout_servers import Host, assert_bit_equal, in_process, members, pid_of, policy_of, remote_engine, serving, until
 from helpers.tiny import IMAGE_TOKEN, make_prompt, tiny_model
 from torch import Tensor
 
@@ -18,8 +17,6 @@ from prism_nemo.config.enums import WeightTransport
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import RolloutError, SamplingParams
 from prism_nemo.rollout.exchange import Address
-from prism_nemo.rollout.fleet import LocalMember
-from prism_nemo.rollout.remote import RemoteEngine
 from prism_nemo.rollout.weight_group import GroupInvitation, Rendezvous
 from prism_nemo.rollout.weight_link import Receiver
 from prism_nemo.rollout.weight_sync import WeightSender
@@ -29,25 +26,12 @@ PROMPTS = (make_prompt([(4, 6)], seed=1), make_prompt([], seed=2))
 SAMPLING = SamplingParams(1.0, 1.0, 0, 8, -1, (IMAGE_TOKEN,))
 GROUP = WeightTransport.process_group
 
+pytestmark = pytest.mark.usefixtures("events")
+
 
 @pytest.fixture(scope="module")
 def policy() -> PolicyModel:
     return policy_of(tiny_model())
-
-
-@pytest.fixture(autouse=True)
-def events(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, logger="prism_nemo.rollout"):
-        yield caplog
-
-
-def members(engine: RemoteEngine) -> list[LocalMember]:
-    assert engine._fleet is not None
-    return [member for member in engine._fleet._members.values() if isinstance(member, LocalMember)]
-
-
-def pid_of(member: LocalMember) -> int:
-    return member._process.process.pid
 
 
 class Disturbed:

@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from demo_stages import run_stage
 
 WARM_UP = 2  # steps that are not timed: the server starts, memory is allocated
 SETTINGS = [
@@ -32,27 +32,12 @@ SETTINGS = [
     "optimizer.lr=1.0e-4",
     "optimizer.adam_beta2=0.95",
 ]
-SHARED = [
-    "runtime.num_threads=1",
-    "runtime.device=cpu",
-    "data.system_prompt=<caption> <think> <answer>",
-    "data.max_prompt_length=64",
-    "data.max_response_length=48",
-    "experiment.progress=false",
-]
-
-
-def command(stage: str, directory: Path, *overrides: str) -> None:
-    if (directory / "status.json").is_file() and json.loads((directory / "status.json").read_text()).get("state") == "finished":
-        return
-    arguments = [sys.executable, "-m", "prism_nemo", stage, f"experiment.dir={directory}", *SHARED, *overrides]
-    subprocess.run(arguments, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def run(demo: Path, directory: Path, *, staleness: int, seed: int, steps: int, extra: list[str]) -> dict[str, Any]:
     """One training run and its evaluation."""
     train = [f"model.path={demo / 'sft'}", f"data.train={demo / 'data' / 'prompts.jsonl'}", f"trainer.max_steps={steps}"]
-    command("rlvr", directory, *SETTINGS, *train, f"runtime.seed={seed}", f"rollout.max_staleness={staleness}", *extra)
+    run_stage("rlvr", directory, *SETTINGS, *train, f"runtime.seed={seed}", f"rollout.max_staleness={staleness}", *extra)
     evaluation = directory.with_name(f"{directory.name}_eval")
     test = [
         "model.precision=fp32",
@@ -60,7 +45,7 @@ def run(demo: Path, directory: Path, *, staleness: int, seed: int, steps: int, e
         f"model.path={directory}",
         f"data.validation={demo / 'data' / 'test.jsonl'}",
     ]
-    command("eval", evaluation, *test)
+    run_stage("eval", evaluation, *test)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = rows[WARM_UP:]
     found = next(row for row in map(json.loads, (evaluation / "metrics.jsonl").open()) if row["prefix"] == "sampled")

@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from demo_stages import run_stage
 
 WARM_UP = 2  # steps that are not timed: engines start, memory is allocated
 WAYS = {
@@ -26,14 +26,6 @@ WAYS = {
     "vllm_shared_draws": ["rollout=vllm", "rollout.vllm.draws=shared"],
     "vllm_own_draws": ["rollout=vllm", "rollout.vllm.draws=engine"],
 }
-SHARED = [
-    "runtime.num_threads=1",
-    "runtime.device=cpu",
-    "data.system_prompt=<caption> <think> <answer>",
-    "data.max_prompt_length=64",
-    "data.max_response_length=48",
-    "experiment.progress=false",
-]
 TRAINING = [
     "algorithm=grpo",
     "trainer.global_batch_size=16",
@@ -43,25 +35,15 @@ TRAINING = [
 ]
 
 
-def command(stage: str, directory: Path, precision: str, *overrides: str) -> None:
-    """Runs a stage, unless it is finished there."""
-    status = directory / "status.json"
-    if status.is_file() and json.loads(status.read_text()).get("state") == "finished":
-        return
-    where = [f"experiment.dir={directory}", f"model.precision={precision}"]
-    arguments = [sys.executable, "-m", "prism_nemo", stage, *where, *SHARED, *overrides]
-    subprocess.run(arguments, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-
-
 def run(options: argparse.Namespace, way: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One training run and its evaluation: the metrics of every step, and what came out."""
     directory, policy = options.dir / way, options.policy or options.demo / "sft"
-    data = options.demo / "data"
+    data, precision = options.demo / "data", f"model.precision={options.precision}"
     own = [f"model.path={policy}", f"data.train={data / 'prompts.jsonl'}", f"trainer.max_steps={options.steps}"]
-    command("rlvr", directory, options.precision, *TRAINING, *own, f"runtime.seed={options.seed}", *WAYS[way], *options.set)
+    run_stage("rlvr", directory, precision, *TRAINING, *own, f"runtime.seed={options.seed}", *WAYS[way], *options.set)
     evaluation = options.dir / f"{way}_eval"
     test = ["rollout.temperature=1.0", f"model.path={directory}", f"data.validation={data / 'test.jsonl'}"]
-    command("eval", evaluation, options.precision, *test)
+    run_stage("eval", evaluation, precision, *test)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["prefix"] == "train"]
     found = json.loads((evaluation / "evaluation.json").read_text())
