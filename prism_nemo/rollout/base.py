@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from prism_nemo.algorithms.metrics import MetricSums
 from prism_nemo.config.enums import RolloutEngineKind, RolloutPlacement
 from prism_nemo.config.rollout import RolloutConfig, check_rollout
 from prism_nemo.config.schema import DataConfig
+from prism_nemo.config.serve_python import vllm_is_installed
 from prism_nemo.errors import PrismError
 from prism_nemo.packing.groups import EncodedPrompt
 
@@ -271,7 +271,8 @@ def with_engine(config: RolloutConfig, device: torch.device, world_size: int) ->
     """The settings with an engine by name: `auto` is vLLM on a GPU where it is installed, otherwise the Megatron engine."""
     if config.engine is not RolloutEngineKind.auto:
         return config
-    fast = device.type == "cuda" and importlib.util.find_spec("vllm") is not None
+    separate = config.placement is RolloutPlacement.separate
+    fast = device.type == "cuda" and vllm_is_installed(for_servers=separate)
     config = replace(config, engine=RolloutEngineKind.vllm if fast else RolloutEngineKind.megatron)
     _log.info("rollout.engine=auto on %s: %s", device.type, config.engine)
     check_rollout(config, world_size, ahead=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import prism_nemo
+from prism_nemo.config.serve_python import serve_python
 from prism_nemo.rollout.server import TOKEN_VARIABLE
 
 _LAST_LINES = 15
@@ -34,7 +36,7 @@ class ServerProcess:
         self._received = b""
         self._own, theirs = socket.socketpair()
         self._own.setblocking(False)
-        command = [sys.executable, "-m", "prism_nemo", "serve", "--config", str(config_file)]
+        command = [serve_python(), "-m", "prism_nemo", "serve", "--config", str(config_file)]
         try:
             with log_file.open("ab") as log:
                 self._log_start = log.tell()
@@ -90,6 +92,8 @@ class ServerProcess:
 def _environment(index: int, token: str) -> dict[str, str]:
     """Of server `index`: this process's, without its place among ranks. The GPUs of each server would be given here."""
     kept = {name: value for name, value in os.environ.items() if not _OF_RANKS.fullmatch(name)}
-    package = str(Path(prism_nemo.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (package, kept.get("PYTHONPATH"))))
-    return {**kept, "PYTHONPATH": path, TOKEN_VARIABLE: token}
+    # The server runs this code. But a package that is installed brings along, for another Python, all that lies beside it.
+    package = Path(prism_nemo.__file__).parent.parent
+    if serve_python() == sys.executable or package not in map(Path, site.getsitepackages()):
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package), kept.get("PYTHONPATH"))))
+    return {**kept, TOKEN_VARIABLE: token}

@@ -524,7 +524,7 @@ def test_an_engine_over_several_gpus_is_refused_on_servers(place: Path) -> None:
 
 
 def test_vllm_is_refused_where_it_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prism_nemo.config.rollout.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("prism_nemo.config.serve_python.importlib.util.find_spec", lambda name: None)
     error = error_of("rlvr", place, "rollout=vllm")
     assert (error.what, error.where) == ("vLLM is not installed", "rollout.engine")
     assert error.remedy is not None and "rollout=megatron" in error.remedy
