@@ -65,6 +65,7 @@ MAY_DIFFER = (
     "runtime.num_threads",
     "runtime.distributed_timeout_minutes",
     "runtime.lost_rank_seconds",
+    "runtime.stuck_rank_seconds",
     "rollout.max_batch_size",
     "rollout.servers",
     "data.max_bad_sample_share",

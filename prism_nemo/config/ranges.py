@@ -82,6 +82,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "num_threads": COUNT,
         "distributed_timeout_minutes": COUNT,
         "lost_rank_seconds": SILENCE,
+        "stuck_rank_seconds": SILENCE,
     },
     DiscriminatorConfig: {
         "num_experts": COUNT,

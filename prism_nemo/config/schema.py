@@ -70,6 +70,7 @@ class RuntimeConfig:
     num_threads: int | None = None  # CPU threads a rank; null leaves torch's (or OMP_NUM_THREADS')
     distributed_timeout_minutes: int = 10  # a collective that waits longer ends the run
     lost_rank_seconds: float | None = 30.0  # without a sign of life from a rank's process; then the run ends. null: no watch
+    stuck_rank_seconds: float | None = 40.0  # for which a rank does nothing while all others wait; then the run ends. null: never
 
 
 @dataclass

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prism_nemo.errors import ConfigError, DataError, PrismError
+from prism_nemo.waiting import waiting
 
 VERSION = 1
 _HEADER_BYTES = 4096
@@ -160,7 +161,8 @@ def _lock(file: Path) -> Iterator[bool]:
     with file.open("a") as opened:
         held = True
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            with waiting("another process that indexes the data"):
+                fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

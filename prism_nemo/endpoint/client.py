@@ -16,6 +16,7 @@ from prism_nemo.endpoint.cache import Reply, ReplyCache
 from prism_nemo.endpoint.errors import EndpointError, RefusedRequest, Stopped, TransientError
 from prism_nemo.endpoint.ledger import Ledger
 from prism_nemo.endpoint.transport import Transport
+from prism_nemo.waiting import waiting
 
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
@@ -47,6 +48,7 @@ class Endpoint:
         self._under_way: dict[str, Future[Reply]] = {}
         self._answered = self._refused = 0
 
+    @waiting("an endpoint")
     def ask(self, messages: Sequence[Mapping[str, Any]], *, seed: int | None = None) -> Reply:
         """The answer to a conversation of OpenAI's form, from the cache where it has it. Blocks.
 

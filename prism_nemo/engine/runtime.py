@@ -311,7 +311,7 @@ def session(parallel: ParallelConfig, config: RuntimeConfig) -> Iterator[Runtime
         yield initialize(parallel, config)
         return
     _join(resolve_device(config.device), datetime.timedelta(minutes=config.distributed_timeout_minutes))
-    watch.begin(config.lost_rank_seconds)  # first: to cut the ranks into groups takes all of them
+    watch.begin(config.lost_rank_seconds, config.stuck_rank_seconds)  # first: to cut the ranks into groups takes all of them
     try:
         yield initialize(parallel, config)
     except BaseException as error:

@@ -3,8 +3,12 @@
 Every rank has a thread that writes a sign of life into the store by which the ranks have met, over a connection of its own. The
 main rank's looks at all of them and writes down who is lost; the others look at that and at the main rank. What a step does has
 no part in it: a thread goes on while its process compiles, samples for an hour or saves, so only a process that is dead or
-stopped (or a machine that is) falls silent. A process that lives and does not go on is found by the time limit of collectives
-(`runtime.distributed_timeout_minutes`); here it is named.
+stopped (or a machine that is) falls silent.
+
+A process that lives and does nothing, in a deadlock or before a file system that does not answer, is found by what it tells of
+its own activity (`engine/activity.py`), once all the others can only be waiting for it. One that computes without end cannot be
+told from one that has much to compute: there the time limit of collectives (`runtime.distributed_timeout_minutes`) ends the run,
+and here the one that did not come is named.
 """
 
 from __future__ import annotations
@@ -23,18 +27,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from prism_nemo.engine.activity import Activity
+
 BEAT_SECONDS = 1.0
 SOONER_SECONDS = 8.0  # silence of a rank that is lost for certain: another's connection to it has broken
+OTHERS_SECONDS = 10.0  # for which all others must have been waiting before an idle rank ends the run
 LAST_WORDS_SECONDS = 3.0  # how long the others get to read why
-CLEAN_UP_SECONDS = 20.0  # between the end's cause and the end
+CLEAN_UP_SECONDS = 10.0  # between the end's cause and the end: to write may be just what hangs
 STACKS = "stacks"  # in a run's directory
 _BACKENDS_ERROR = re.compile(r"gloo|nccl|connection (closed|reset)|timed out waiting", re.IGNORECASE)  # also out of `wait()`
-_COLLECTIVES = str(Path(dist.__file__).parent)
+_TORCH = str(Path(dist.__file__).parent)
 
 
 class State(StrEnum):
@@ -58,6 +64,8 @@ class Sign:
     doing: str = "starting"
     where: str = ""  # the code that its main thread is in; "" inside of a collective
     cause: str = ""  # of its failure
+    idle: float = 0.0  # seconds for which it has done nothing
+    waiting: float = 0.0  # seconds for which it can have been waiting for others
 
     def describe(self, rank: int) -> str:
         where = f" (in {self.where})" if self.where else ""
@@ -67,10 +75,13 @@ class Sign:
 class Watch:
     """This rank's part. `on_end` is called, with the reason, before the watch ends the process by itself."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, silence_seconds: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, silence_seconds: float, stuck_seconds: float | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.silence_seconds = silence_seconds
+        self.stuck_seconds = stuck_seconds
         self.directory: Path | None = None
         self.on_end: Callable[[str], None] = lambda reason: None
         self.sign = Sign(socket.gethostname())
@@ -82,6 +93,7 @@ class Watch:
         self._cut_off_for = 0.0  # seconds since somebody was
         self._unanswered = 0.0  # seconds for which the store has not answered
         self._main_takes_over = False
+        self._activity = Activity()
         self._stop = threading.Event()
         self._decided = threading.Event()
         self._told = threading.Event()  # the last that there is to tell
@@ -95,12 +107,17 @@ class Watch:
 
     # What this rank tells
 
-    def _beat(self) -> None:
+    def _beat(self, passed: float = 0.0) -> None:
         self.sign.beats += 1
-        self.sign.where = _place_of_main_thread()
+        activity = self._activity
+        activity.look(passed)
+        hint = ", in the kernel: does a file system or a device not answer?" if activity.in_kernel and activity.idle else ""
+        self.sign.where = activity.place.where + hint
+        self.sign.idle, self.sign.waiting = activity.idle, activity.waiting
         self._store.set(f"rank{self.rank}", json.dumps(asdict(self.sign)))
 
     def _talk(self) -> None:
+        self._activity.ignored.add(threading.get_native_id())
         last = time.monotonic()
         while not self._stop.wait(BEAT_SECONDS if self.sign.state is State.running else BEAT_SECONDS / 4):
             now = time.monotonic()
@@ -108,7 +125,7 @@ class Watch:
             passed, last = min(now - last, 2 * BEAT_SECONDS), now
             state = self.sign.state
             try:
-                self._beat()
+                self._beat(passed)
                 if self.rank and state in (State.failed, State.done):
                     break
                 reason = self._judge(passed) if self.rank == 0 else self._listen(passed)
@@ -122,6 +139,7 @@ class Watch:
 
     def _guard(self) -> None:
         """Finds that the store, and with it the main rank, has frozen: requests to it never come back."""
+        self._activity.ignored.add(threading.get_native_id())
         while not self._stop.wait(BEAT_SECONDS) and not self._told.is_set():
             self._unanswered += BEAT_SECONDS
             if self._unanswered > self.silence_seconds + BEAT_SECONDS:
@@ -159,8 +177,9 @@ class Watch:
             reason = self._silence(rank, limit)
             if reason is not None:
                 return reason
-        if not cut_off:
-            return None
+        reason = self._stuck()
+        if reason is not None or not cut_off:
+            return reason
         self._cut_off_for += passed
         if self._cut_off_for < limit + 2 * BEAT_SECONDS:
             return None
@@ -169,6 +188,16 @@ class Watch:
         if stuck:
             return f"the others have waited in vain for {'; '.join(stuck)} (rank {rank} saw: {sign.cause})"
         return f"a collective failed and all ranks live; {sign.describe(rank)}, saw: {sign.cause}"
+
+    def _stuck(self) -> str | None:
+        live = [(rank, sign) for rank, sign in enumerate(self._signs) if sign.state is State.running]
+        if self.stuck_seconds is None or any(sign.waiting < min(OTHERS_SECONDS, self.stuck_seconds) for _, sign in live):
+            return None
+        idle = [(rank, sign) for rank, sign in live if sign.idle > self.stuck_seconds]
+        stuck = [f"{sign.describe(rank)}, has done nothing for {sign.idle:.0f} s" for rank, sign in idle]
+        if not stuck:
+            return None
+        return f"{'; '.join(stuck)}: no processor time, no byte read or written. All the others wait"
 
     def _note(self, rank: int, text: bytes, passed: float) -> None:
         sign = Sign(**json.loads(text))
@@ -239,10 +268,10 @@ class Watch:
         self.sign.state = State.cut_off
         known = self._decided.wait(self.silence_seconds + 4 * LAST_WORDS_SECONDS)
         reason = self.verdict if known and self.verdict else f"a collective failed: {self.sign.cause}"
+        _exit_within(CLEAN_UP_SECONDS)
         self._say(reason)
         lost = RankLost(reason)
         self._explained = (error, lost)
-        _exit_within(CLEAN_UP_SECONDS)
         return lost
 
     def stop(self) -> None:
@@ -267,20 +296,6 @@ def _exit_within(seconds: float) -> None:
     timer.start()
 
 
-def _place_of_main_thread() -> str:
-    """The file, line and function of this project that the main thread is in; "" when that waits in a collective."""
-    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    innermost = frame
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(_COLLECTIVES):
-            return ""
-        if f"{os.sep}prism_nemo{os.sep}" in frame.f_code.co_filename:
-            break
-        frame = frame.f_back
-    frame = frame or innermost
-    return "" if frame is None else f"{frame.f_code.co_qualname}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
 def _is_from_a_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised it, in which case the reason lies with another rank."""
     if isinstance(error, dist.DistError):
@@ -288,7 +303,7 @@ def _is_from_a_collective(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    within = bool(frames) and frames[-1].filename.startswith(_COLLECTIVES)
+    within = bool(frames) and frames[-1].filename.startswith(_TORCH)
     return within or _BACKENDS_ERROR.search(str(error)) is not None
 
 
@@ -299,13 +314,13 @@ def _first_line(error: BaseException) -> str:
 _watch: Watch | None = None
 
 
-def begin(silence_seconds: float | None) -> None:
+def begin(silence_seconds: float | None, stuck_seconds: float | None) -> None:
     """Starts the watch of the default group's ranks, if there are several. A collective."""
     global _watch
     if silence_seconds is None or dist.get_world_size() == 1:
         return
     store: Any = dist.distributed_c10d._get_default_store()
-    _watch = Watch(store.clone(), dist.get_rank(), dist.get_world_size(), silence_seconds)
+    _watch = Watch(store.clone(), dist.get_rank(), dist.get_world_size(), silence_seconds, stuck_seconds)
     dist.barrier()
     _watch.start()
     if _watch.rank == 0:

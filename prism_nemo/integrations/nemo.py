@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_nemo.config.validate import check_exp_manager
 from prism_nemo.errors import ConfigError, PrismError
+from prism_nemo.waiting import waiting
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -95,6 +96,7 @@ class NemoLogger:
     Raises ConfigError when nemo-toolkit is not installed, and when it or a logger refuses the settings.
     """
 
+    @waiting("experiment trackers")
     def __init__(self, settings: Mapping[str, Any], directory: Path, *, stage: str, hyperparameters: Mapping[str, Any]) -> None:
         check_exp_manager(settings)
         try:
@@ -109,12 +111,14 @@ class NemoLogger:
                 remedy="change the settings, or pip install the package that the message names",
             ) from error
 
+    @waiting("experiment trackers")
     def log_metrics(self, step: int, metrics: Mapping[str, float], *, prefix: str = "train") -> None:
         """Every metric as `PREFIX/NAME`, the names that the run directory's TensorBoard has too."""
         values = {f"{prefix}/{name}": value for name, value in metrics.items()}
         for logger in self._loggers:
             logger.log_metrics(values, step)
 
+    @waiting("experiment trackers")
     def close(self, state: str) -> None:
         """Ends every logger's run. state: finished, interrupted or failed."""
         from lightning.pytorch.loggers import WandbLogger

@@ -32,6 +32,7 @@ import prism_nemo
 from prism_nemo.errors import PrismError
 from prism_nemo.rewards.question import Question
 from prism_nemo.rewards.worker import TIME
+from prism_nemo.waiting import waiting
 
 _MAX_ATTEMPTS = 3  # of a question whose worker dies without having reached a limit
 _MAX_FAILED_STARTS = 10  # in a row
@@ -95,6 +96,7 @@ class Pool:
                 raise
             return [batch.decisions[index] for index in range(len(questions))]
 
+    @waiting("processes that verify expressions")
     def _work_through(self, batch: _Batch) -> None:
         failed_starts = 0
         with selectors.DefaultSelector() as selector:

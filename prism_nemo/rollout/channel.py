@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prism_nemo.rollout.wire import LENGTH_BYTES, MAX_HEADER_BYTES, WireError, pack_header, parse_header
+from prism_nemo.waiting import waiting
 
 PROTOCOL = "prism-nemo-weights"  # as the HTTP header `Upgrade` has it
 _DRAIN_SECONDS = 5.0  # without a byte
@@ -105,6 +106,7 @@ class Channel:
             raise ChannelClosed("the connection was closed")
         return count
 
+    @waiting("the other end of a connection for weights")
     def _within(self, deadline: float | None, work: Callable[[], int]) -> int:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:

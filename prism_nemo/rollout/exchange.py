@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from prism_nemo.waiting import waiting
+
 _MAX_STATUS_BYTES = 1 << 20  # of answers that are JSON
 
 
@@ -88,6 +90,7 @@ class Connection:
         self._connection = kind(target.hostname or "", target.port)
         self._prefix, self._token = target.path.rstrip("/"), address.token
 
+    @waiting("a rollout server")
     def exchange(
         self,
         method: str,

@@ -17,6 +17,7 @@ from prism_nemo.rollout.base import RolloutError
 from prism_nemo.rollout.exchange import Address, ExchangeError
 from prism_nemo.rollout.processes import ServerProcess
 from prism_nemo.rollout.weight_link import HEALTH, Receiver
+from prism_nemo.waiting import waiting
 
 MAX_DEATHS = 3  # in a row, without an answer in between
 _WRONG_INPUT = 2  # the exit status of a PrismError: the next start would end the same way
@@ -179,6 +180,7 @@ class Fleet:
         """The servers that can be given weights now."""
         return [member.receiver for member in self._members.values() if member.receiver is not None]
 
+    @waiting("rollout servers that start")
     def wait(self, seconds: float, *, for_all: bool, since: float) -> bool:
         """Whether servers are up: any, or `for_all` as many as can be expected. Waits `seconds` at most.
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_nemo.rollout.wire import WireError
+from prism_nemo.waiting import waiting
 
 _POLL_SECONDS = (5e-5, 2e-3)  # between looks at what is under way, longer each time
 
@@ -121,6 +122,7 @@ class WeightGroup:
         self._device = device
         self._broken = False
         try:
+    @waiting("servers in a process group for weights")
             self._group: Any = _backend(store, rank, size, device, host, timedelta(seconds=seconds))
             self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), seconds)  # connects NCCL
         except (RuntimeError, ValueError) as error:
@@ -132,6 +134,7 @@ class WeightGroup:
         Raises GroupError after `seconds`, when `given_up()`, and when another member is gone: then the group is of no more use.
         """
         deadline, pause = time.monotonic() + seconds, _POLL_SECONDS[0]
+    @waiting("servers in a process group for weights")
         try:
             if self._broken:
                 raise GroupError("the process group has failed before")
