@@ -38,7 +38,7 @@ from prism_nemo.rollout.buckets import Assembly
 from prism_nemo.rollout.channel import PROTOCOL, Channel, ChannelClosed, FrameTooLong
 from prism_nemo.rollout.receiving import Inlet, UpdateAborted, WeightUpdate
 from prism_nemo.rollout.turns import NobodyWaits, turns_of
-from prism_nemo.rollout.weight_group import GroupError, backend_of, identity_of
+from prism_nemo.rollout.weight_group import GroupError, backend_of, identity_of, libraries_of
 from prism_nemo.rollout.weight_link import HEALTH, TOO_LONG, UNPROCESSABLE, WEIGHTS
 from prism_nemo.rollout.wire import GenerateRequest, WireError, decode_request, encode_answer
 
@@ -159,7 +159,14 @@ class EngineHost:
         """An update, all of it; `host` is the address of this end. Raises what `WeightUpdate.wait` does."""
         update = self._begin(channel)
         device = self._inlet.device
-        channel.send({"instance": self.instance, "device": identity_of(device), "backend": backend_of(device)})
+        channel.send(
+            {
+                "instance": self.instance,
+                "device": identity_of(device),
+                "backend": backend_of(device),
+                "libraries": libraries_of(device),
+            }
+        )
         header, _ = channel.receive()
         with self._updating:
             if self._update is not update:

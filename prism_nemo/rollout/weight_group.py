@@ -74,6 +74,12 @@ def identity_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
 
 
+def libraries_of(device: torch.device) -> str:
+    """What forms the group at this end. Different builds of torch or, on CUDA, of NCCL may not understand each other."""
+    nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if device.type == "cuda" else ""
+    return f"torch {torch.__version__}{nccl}"
+
+
 class Rendezvous:
     """The run's store, where the members of one group meet. It listens where the servers can reach it, and no further."""
 
@@ -116,25 +122,25 @@ def join_store(invitation: GroupInvitation) -> dist.Store:
 class WeightGroup:
     """One member's end."""
 
+    @waiting("servers in a process group for weights")
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, *, host: str, seconds: float) -> None:
         """Returns when all have joined. `host`: the address of this end, over which gloo connects. Raises GroupError."""
         self.size = size
         self._device = device
         self._broken = False
         try:
-    @waiting("servers in a process group for weights")
             self._group: Any = _backend(store, rank, size, device, host, timedelta(seconds=seconds))
             self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), seconds)  # connects NCCL
         except (RuntimeError, ValueError) as error:
             raise GroupError(f"the process group for weights could not be formed: {error}"[:500]) from error
 
+    @waiting("servers in a process group for weights")
     def broadcast(self, data: Tensor, seconds: float, given_up: Callable[[], bool] = lambda: False) -> None:
         """The run's bytes, uint8 on the device, into `data` of every member; returns when this end is done.
 
         Raises GroupError after `seconds`, when `given_up()`, and when another member is gone: then the group is of no more use.
         """
         deadline, pause = time.monotonic() + seconds, _POLL_SECONDS[0]
-    @waiting("servers in a process group for weights")
         try:
             if self._broken:
                 raise GroupError("the process group has failed before")

@@ -91,7 +91,7 @@ class Link:
         self.receiver = receiver
         self.refusal: Refusal | None = None
         self.shares = False
-        self.device = self.backend = ""  # of the server, as it told them
+        self.device = self.backend = self.libraries = ""  # of the server, as it told them
         self.transport = ""
         self.local_host = ""
         self._update_id = update_id
@@ -145,7 +145,7 @@ class Link:
         told = self._next("instance")
         if told["instance"] != self.receiver.instance:
             raise _Refused(Refusal("it was started again meanwhile"))
-        self.device, self.backend = str(told.get("device")), str(told.get("backend"))
+        self.device, self.backend, self.libraries = (str(told.get(key)) for key in ("device", "backend", "libraries"))
         self.local_host = self._connection.local_host
 
     def agree(self, agreement: dict[str, Any]) -> None:

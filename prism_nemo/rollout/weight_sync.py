@@ -29,6 +29,7 @@ from prism_nemo.rollout.weight_group import (
     WeightGroup,
     backend_of,
     identity_of,
+    libraries_of,
 )
 from prism_nemo.rollout.weight_link import Link, Receiver, Refusal
 
@@ -67,6 +68,7 @@ class WeightSender:
         self._members: list[str] = []  # instances, in the order of their ranks
         self._group_id = ""
         self._unexplained = False  # the last group failed, and no server could be blamed
+        self._libraries_told: set[str] = set()  # what was logged about others
         self._told = ""  # which transport is in use, as it was logged last
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int, receivers: Sequence[Receiver]) -> SentWeights:
@@ -114,27 +116,35 @@ class WeightSender:
         """Whether the bytes are broadcast; servers that cannot take part where they must refuse, with what to do."""
         if self._transport in (WeightTransport.shared_memory, WeightTransport.body):
             return False
-        own, seen = identity_of(self._device), set[str]()
-        able = True
+        own, libraries, seen = identity_of(self._device), libraries_of(self._device), set[str]()
+        able = self._device.type == "cuda"
         for link in links:
             if link.refusal is not None:
                 continue
             same_kind = link.backend == backend_of(self._device)
             distinct = self._device.type != "cuda" or (link.device != own and link.device not in seen)
             seen.add(link.device)
-            if same_kind and distinct:
-                continue
-            able = False
-            if self._transport is WeightTransport.process_group:
-                problem = "shares a GPU with the run or another server" if same_kind else "computes on another kind of device"
-                link.refusal = Refusal(
-                    f"it {problem}, and the weights are to travel in a process group",
-                    final=True,
-                    remedy="rollout.servers.weight_transport=auto, or servers on GPUs of their own (CUDA_VISIBLE_DEVICES)",
-                )
+            if not (same_kind and distinct):
+                able = False
+                if self._transport is WeightTransport.process_group:
+                    link.refusal = _no_group(same_kind)
+            elif link.libraries != libraries:
+                self._note_libraries(link, libraries)
+                able = False
+        return able or self._transport is WeightTransport.process_group
+
+    def _note_libraries(self, link: Link, libraries: str) -> None:
+        """A group of two builds may hang, or worse; only who names it gets it."""
+        if self._transport is WeightTransport.auto and self._device.type != "cuda":
+            return  # it would not be in a group anyway
+        told = f"{link.receiver.name} has {link.libraries}, the run {libraries}: "
         if self._transport is WeightTransport.process_group:
-            return True
-        return able and self._device.type == "cuda"
+            told += "a process group of both, as rollout.servers.weight_transport asks, may fail or hang"
+        else:
+            told += "weights do not travel in a process group"
+        if told not in self._libraries_told:
+            self._libraries_told.add(told)
+            _log.warning("%s", told)
 
     def _prepare(self, receivers: Sequence[Receiver], device: torch.device) -> BucketBuffer:
         """A buffer that every server either has mapped, or can map now, or cannot map at all."""
@@ -238,6 +248,15 @@ class WeightSender:
         if self._group is not None:
             self._group.abort()
             self._group = None
+
+
+def _no_group(same_kind: bool) -> Refusal:
+    problem = "shares a GPU with the run or another server" if same_kind else "computes on another kind of device"
+    return Refusal(
+        f"it {problem}, and the weights are to travel in a process group",
+        final=True,
+        remedy="rollout.servers.weight_transport=auto, or servers on GPUs of their own (CUDA_VISIBLE_DEVICES)",
+    )
 
 
 def _each(links: Sequence[Link], work: Callable[[Link], None]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.rollout_servers import Host, assert_bit_equal, in_process, members, pid_of, policy_of, remote_engine, serving, until
 from helpers.tiny import IMAGE_TOKEN, make_prompt, tiny_model
 from torch import Tensor
@@ -18,7 +19,7 @@ from prism_nemo.models.policy import PolicyModel
 from prism_nemo.rollout.base import RolloutError, SamplingParams
 from prism_nemo.rollout.exchange import Address
 from prism_nemo.rollout.weight_group import GroupInvitation, Rendezvous
-from prism_nemo.rollout.weight_link import Receiver
+from prism_nemo.rollout.weight_link import Link, Receiver
 from prism_nemo.rollout.weight_sync import WeightSender
 from prism_nemo.rollout.wire import WireError
 
@@ -130,6 +131,35 @@ def test_a_group_over_different_devices_is_an_error(policy: PolicyModel, monkeyp
         with pytest.raises(RolloutError, match="another kind of device") as raised:
             engine.update_weights(policy.hf_tensors(), 0)
         assert "rollout.servers.weight_transport=auto" in str(raised.value.remedy)
+
+
+def test_a_group_of_two_builds_is_only_for_who_names_it(
+    policy: PolicyModel, events: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prism_nemo.rollout.server.libraries_of", lambda device: "torch 2.0")
+    with serving(Host(tiny_model())) as url, remote_engine(policy, [url], weight_transport=GROUP) as engine:
+        for version in range(2):
+            engine.update_weights(policy.hf_tensors(), version)
+    told = [line for line in events.messages if "has torch 2.0, the run torch" in line]
+    assert len(told) == 1 and "may fail or hang" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "libraries", "in_group"), [("GPU-2", "NCCL 2", True), ("GPU-2", "NCCL 1", False), ("GPU-1", "NCCL 2", False)]
+)
+def test_auto_takes_a_group_between_gpus_of_their_own_and_equal_builds(
+    device: str, libraries: str, in_group: bool, events: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is on GPU-1 with NCCL 2; nothing is sent, so that no GPU is needed."""
+    monkeypatch.setattr("prism_nemo.rollout.weight_sync.identity_of", lambda device: "GPU-1")
+    monkeypatch.setattr("prism_nemo.rollout.weight_sync.libraries_of", lambda device: "NCCL 2")
+    link = Link(Receiver("one", "a", Address("http://127.0.0.1:9", None)), "update", 1.0)
+    link.device, link.backend, link.libraries = device, "nccl", libraries
+    sender = WeightSender(bucket_bytes=1, timeout_seconds=1.0, device=torch.device("cuda"))
+    assert sender._in_group([link]) is in_group
+    assert ("one has NCCL 1, the run NCCL 2: weights do not travel in a process group" in events.text) is (libraries == "NCCL 1")
+    assert link.refusal is None
+    link.close()
 
 
 @pytest.mark.parametrize("named", [WeightTransport.body, WeightTransport.shared_memory, GROUP, WeightTransport.auto])
