@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prism_nemo.errors import ConfigError, PrismError
@@ -250,7 +252,23 @@ def _prepare_stage(name: str, arguments: list[str]) -> Callable[[], None]:
     if device == Device.cpu:
         # Megatron is prepared for the CPU where there is no CUDA device: so on a machine that has one, torch must not see it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return lambda: importlib.import_module(STAGES[name].module).run(config)
+    return lambda: _load(STAGES[name].module).run(config)
+
+
+def _load(module: str) -> ModuleType:
+    """Imports what a stage needs. What imports make, stays: the collector need not go through it, now, later or at the end.
+
+    That takes a second off a short run.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    gc.disable()
+    try:
+        found = importlib.import_module(module)
+    finally:
+        gc.enable()
+    gc.freeze()
+    return found
 
 
 def _prepare_pipeline_jobs(config: Config, jobs: Path | None) -> Callable[[], None]:
@@ -261,7 +279,7 @@ def _prepare_pipeline_jobs(config: Config, jobs: Path | None) -> Callable[[], No
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def run() -> None:
-        pipeline = importlib.import_module("prism_nemo.stages.pipeline")
+        pipeline = _load("prism_nemo.stages.pipeline")
         if jobs is not None:
             pipeline.write_jobs(config, jobs)
         else:

@@ -11,12 +11,16 @@ were written against megatron-core 0.16.1, which is why the version is pinned.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import marshal
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -105,6 +109,12 @@ class _Cuda:
 cuda = _Cuda()
 
 
+@cache
+def _rules_digest() -> str:
+    """Names what this file makes of a source: another release of it reads no bytecode of this one."""
+    return "prism" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
 def rewrite(source: str) -> str:
     """Megatron source with every use of CUDA turned to the CPU; the same number of lines."""
     lines = []
@@ -118,12 +128,26 @@ def rewrite(source: str) -> str:
 
 
 class _RewritingLoader(importlib.machinery.SourceFileLoader):
-    """Compiles rewritten source; the .pyc files that other programs share hold the original and are left alone."""
+    """Compiles rewritten source, once: the bytecode is kept in a file beside Python's own.
+
+    The .pyc files that other programs share hold the original and are left alone. Rewriting and compiling Megatron would take over
+    half a second at every start of every rank.
+    """
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
+        stats = self.path_stats(path)
+        key = f"{path} {stats['mtime']} {stats['size']}\n".encode() + importlib.util.MAGIC_NUMBER
+        cached = importlib.util.cache_from_source(path, optimization=_rules_digest())
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # not there, or damaged
+            data = self.get_data(cached)
+            if data.startswith(key):
+                return marshal.loads(data[len(key) :])
         source = importlib.util.decode_source(self.get_data(path))
-        return compile(rewrite(source), path, "exec", dont_inherit=True)
+        code = compile(rewrite(source), path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            self.set_data(cached, key + marshal.dumps(code))  # at once or not at all; nothing where it may not write
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["_prism_cuda"] = cuda

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prism_nemo.engine import cpu
 
 MEGATRON = Path(str(importlib.util.find_spec("megatron.core").origin)).parent  # type: ignore[union-attr]
 SOURCES = sorted(MEGATRON.rglob("*.py"))
+REWRITE = cpu.rewrite
 
 
 @pytest.mark.parametrize(
@@ -70,19 +72,54 @@ def _cuda_uses(tree: ast.AST) -> int:
     return found
 
 
+def load(path: Path) -> ModuleType:
+    loader = cpu._RewritingLoader(path.stem, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))  # type: ignore[arg-type]
+    loader.exec_module(module)
+    return module
+
+
 def test_loader_rewrites_and_leaves_the_cached_bytecode_alone(tmp_path: Path) -> None:
     path = tmp_path / "uses_cuda.py"
     path.write_text("import torch\nwhere = torch.cuda.current_device()\n")
     cached = Path(py_compile.compile(str(path)))  # as another program would have left it
     before = cached.read_bytes()
-    loader = cpu._RewritingLoader("uses_cuda", str(path))
-    spec = importlib.util.spec_from_loader("uses_cuda", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    assert module.where == torch.device("cpu")
+    assert load(path).where == torch.device("cpu")
     assert cached.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == sorted([path.name, cached.name])
+
+
+def test_loader_keeps_its_own_bytecode_as_long_as_it_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewritten = []
+    monkeypatch.setattr(cpu, "rewrite", lambda source: rewritten.append(source) or REWRITE(source))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "module.py"
+    path.write_text("where = 1\n")
+    assert (load(path).where, load(path).where) == (1, 1)
+    assert len(rewritten) == 1
+    (kept,) = tmp_path.rglob("*.pyc")
+    whole = kept.read_bytes()
+    for damaged in (whole[:-3], whole[:10], b"", b"other" + whole):
+        kept.write_bytes(damaged)
+        assert load(path).where == 1
+    assert len(rewritten) == 5
+    assert kept.read_bytes() == whole
+    path.write_text("where = 22\n")
+    assert load(path).where == 22
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    assert load(moved / path.name).where == 22
+    assert len(rewritten) == 7  # so that tracebacks name the file where it now is
+
+
+def test_loader_without_a_place_for_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("where = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert load(path).where == 1
+    assert not list(tmp_path.rglob("*.pyc"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "__pycache__").write_text("a file where the folder should be")
+    assert load(path).where == 1
 
 
 def test_errors_name_the_line_of_the_original(tmp_path: Path) -> None:
@@ -90,10 +127,9 @@ def test_errors_name_the_line_of_the_original(tmp_path: Path) -> None:
     path.write_text(
         "import torch\n\ntensor = torch.ones(1)\nassert tensor.is_cuda\nwith torch.cuda.stream(None):\n    tensor.fail()\n"
     )
-    loader = cpu._RewritingLoader("fails", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("fails", loader))  # type: ignore[arg-type]
-    with pytest.raises(AttributeError, match="fail") as caught:
-        loader.exec_module(module)
+    for _ in range(2):  # compiled, and from the bytecode that was kept
+        with pytest.raises(AttributeError, match="fail") as caught:
+            load(path)
     last = caught.traceback[-1]
     assert (Path(last.path), last.lineno + 1) == (path, 6)
 
