@@ -261,14 +261,13 @@ def _load(module: str) -> ModuleType:
     That takes a second off a short run.
     """
     if module in sys.modules:
-        return sys.modules[module]
+        return importlib.import_module(module)
     gc.disable()
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     finally:
+        gc.freeze()
         gc.enable()
-    gc.freeze()
-    return found
 
 
 def _prepare_pipeline_jobs(config: Config, jobs: Path | None) -> Callable[[], None]:

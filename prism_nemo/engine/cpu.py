@@ -130,8 +130,8 @@ def rewrite(source: str) -> str:
 class _RewritingLoader(importlib.machinery.SourceFileLoader):
     """Compiles rewritten source, once: the bytecode is kept in a file beside Python's own.
 
-    The .pyc files that other programs share hold the original and are left alone. Rewriting and compiling Megatron would take over
-    half a second at every start of every rank.
+    The .pyc files that other programs share hold the original and are left alone. Rewriting and compiling Megatron would take
+    over half a second at every start of every rank.
     """
 
     def get_code(self, fullname: str) -> CodeType:
