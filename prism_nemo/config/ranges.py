@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
 from prism_nemo.config.digits import DigitsConfig
+from prism_nemo.config.endpoint import CurationConfig, EndpointConfig, JudgeConfig
 from prism_nemo.config.rollout import RolloutConfig, RolloutServersConfig, ServeSettings, VLLMConfig
 from prism_nemo.config.schema import (
     AlignAlgorithmConfig,
@@ -127,6 +127,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "limit_val_samples": COUNT,
         "save_interval": COUNT_OR_NONE,
         "keep_last_k": COUNT,
+        "max_save_minutes": POSITIVE,
         "max_failed_saves": COUNT,
         "max_bad_steps": COUNT,
         "log_samples": COUNT_OR_NONE,

@@ -54,7 +54,7 @@ class CheckpointPlan:
 def plan_checkpoint(
     source: Source, config: Config, *, score_head: bool = False, max_shard_bytes: int | None = None
 ) -> CheckpointPlan:
-    """The checkpoint that `engine.checkpoint.save_model` writes for the model on one rank, cut into files by size."""
+    """The checkpoint that a run writes for the model on one rank, cut into files by size."""
     config = hub_config(config)
     check_uniform(config)
     max_shard_bytes = max_shard_bytes or default_shard_bytes(config, source.dtype)

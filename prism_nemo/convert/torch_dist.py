@@ -32,7 +32,7 @@ METADATA = ".metadata"  # the index, written last by torch
 COMMON = "common.pt"
 CONFIG = "metadata.json"
 CONTENT = "content_metadata"
-OPTIMIZER_UPDATES = "optimizer_updates"  # in the content metadata, which engine/checkpoint.py writes too; 0: weights alone
+OPTIMIZER_UPDATES = "optimizer_updates"  # in the content metadata, which engine/model_checkpoint.py writes too; 0: weights alone
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _PLAIN = {  # the types of an index; their attributes are all that is wanted of them
     "torch.distributed.checkpoint.metadata": {

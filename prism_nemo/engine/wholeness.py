@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from prism_nemo.convert.manifest import MANIFEST, REMEDY, damaged, files_of, has_hashes, hash_files, problems, seal
+from prism_nemo.convert.manifest import MANIFEST, REMEDY, damaged, has_hashes, problems
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import LATEST
@@ -45,27 +45,6 @@ class Choice:
         lost = f": {steps[0] - steps[1]} steps are done again" if None not in steps else ""  # type: ignore[operator]
         names = "; ".join(f"{path.name} is {damage.problem}" for path, damage in self.skipped)
         return f"resumed from {self.directory.name}, not from {self.skipped[0][0].name}{lost}. {names}"
-
-
-def seal_together(directory: Path, runtime: Runtime) -> None:
-    """`seal`, with the hashes computed by all ranks. A collective; OSError on the rank that cannot read or write."""
-    problem: OSError | None = None
-    names: list[str] = []
-    own: dict[str, str] = {}
-    try:
-        names = files_of(directory) if runtime.is_main else []
-    except OSError as error:
-        problem = error
-    names = runtime.broadcast_from_main(names)
-    try:
-        own = hash_files(directory, names[runtime.rank :: runtime.world_size])
-    except OSError as error:
-        problem = error
-    known = {name: digest for part in runtime.gather_objects_over_all(own) for name, digest in part.items()}
-    if problem is not None:
-        raise problem
-    if runtime.is_main:
-        seal(directory, known)
 
 
 def check_together(directory: Path) -> None:

@@ -18,7 +18,7 @@ from prism_nemo.config.enums import Routing
 from prism_nemo.config.schema import DiscriminatorConfig, ParallelConfig
 from prism_nemo.convert.hf import hf_assets_directory, load_model_config
 from prism_nemo.convert.upcycling import upcycled_config
-from prism_nemo.engine.checkpoint import is_model_checkpoint
+from prism_nemo.engine.model_checkpoint import is_model_checkpoint
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import ConfigError
 from prism_nemo.models.base import TrainableModel, build_chunks, freeze

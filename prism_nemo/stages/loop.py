@@ -32,7 +32,7 @@ from prism_nemo.data.stream import RecordStream
 from prism_nemo.engine import watch
 from prism_nemo.engine.checkpoint import Checkpointed, CheckpointStore
 from prism_nemo.engine.runtime import Runtime
-from prism_nemo.engine.writing import SaveError
+from prism_nemo.engine.writing import SaveError, SaveHangs
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.progress import StepProgress
@@ -41,6 +41,8 @@ from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 SamplingConfig = EvalConfig | PairsConfig | CurateConfig | GenerateConfig  # of commands that train nothing
+
+LAST_SAVE_SECONDS = 60.0  # that a save under way gets when an error ends the run
 
 T = TypeVar("T")
 
@@ -94,6 +96,7 @@ class StageLoop:
             runtime,
             keep_last_k=config.trainer.keep_last_k,
             from_older=config.experiment.resume_from_older,
+            longest_seconds=60 * config.trainer.max_save_minutes,
         )
         self.done = 0  # steps
         self._bad_steps = 0
@@ -111,6 +114,8 @@ class StageLoop:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._signals.__exit__(kind, error, traceback)
         if error is not None:
+            if not isinstance(error, RuntimeError):  # as of a broken collective: a rank is gone, and its part would never come
+                self.checkpoints.give_time(LAST_SAVE_SECONDS)
             error = watch.explain(error)
             kind = type(error)
         self.experiment.__exit__(kind, error, traceback)
@@ -163,6 +168,7 @@ class StageLoop:
         settings = self.config.trainer
         last, stop, due = done == settings.max_steps, self._anyone_was_told_to_stop(), self._validation_is_due(done)
         saves = last or stop or bool(settings.save_interval and done % settings.save_interval == 0)
+        self._settle_save(may_fail=True, wait=False)
         if saves:
             self.save(trainer, done, may_fail=not last and not stop)
         if due and not stop:
@@ -243,22 +249,45 @@ class StageLoop:
     def save(self, trainer: Trainer, done: int, *, may_fail: bool = False) -> None:
         """Saves the state behind step `done` (from 1), unless it is saved already. A collective.
 
-        One that `may_fail`, as on a full disk, leaves the earlier checkpoints as they are and only tells so, until
-        `trainer.max_failed_saves` have in a row. Raises SaveError otherwise.
+        One that `may_fail`, as on a full disk, is written while training goes on (`trainer.async_save`). If it does fail, the
+        earlier checkpoints stay as they are, and that is only told, until `trainer.max_failed_saves` have in a row. Any other is
+        waited for, and raises SaveError.
         """
+        self._is_at(f"saving step {done}")
+        self._settle_save(may_fail=may_fail or not self._is_under_way(done), wait=True)
         if done <= self._saved_step:
             return
-        self._is_at(f"saving step {done}")
         state = {"trainer": trainer.state_dict(), "bad_steps": self._bad_steps}
+        wait = not may_fail or not self.config.trainer.async_save
+        with self._failing(may_fail, done):
+            self.checkpoints.begin(done, trainer.models, state, before=self.experiment.flush, copied=not wait)
+        self._settle_save(may_fail=may_fail, wait=wait)
+
+    def _is_under_way(self, done: int) -> bool:
+        return self.checkpoints.under_way is not None and self.checkpoints.under_way.step == done
+
+    def _settle_save(self, *, may_fail: bool, wait: bool) -> None:
+        """Looks whether the save under way, if any, has come through, or waits until it has. A collective."""
+        if self.checkpoints.under_way is None:
+            return
+        with self._failing(may_fail, self.checkpoints.under_way.step):
+            saved = self.checkpoints.settle(wait=wait)
+            if saved is not None:
+                self._saved_step, self._failed_saves = saved, 0
+
+    @contextmanager
+    def _failing(self, may_fail: bool, step: int) -> Iterator[None]:
+        """A save of step `step`, which fails the run or, when it `may_fail`, only counts."""
         try:
-            self.checkpoints.save(done, trainer.models, state, before=self.experiment.flush)
+            yield
         except SaveError as error:
             self._failed_saves += 1
+            if isinstance(error, SaveHangs):
+                watch._exit_within(LAST_SAVE_SECONDS)  # whatever else this process still wants of that file system
+                raise
             if not may_fail or self._failed_saves >= self.config.trainer.max_failed_saves:
                 raise
-            self.experiment.notice(f"step {done}: {error.what}. Going on; saving is tried again when it is due next")
-            return
-        self._saved_step, self._failed_saves = done, 0
+            self.experiment.notice(f"step {step}: {error.what}. Going on; saving is tried again when it is due next")
 
     def _anyone_was_told_to_stop(self) -> bool:
         return self.runtime.max_over_all(int(self._signals.received)) > 0

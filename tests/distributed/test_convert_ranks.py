@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
+from helpers.saving import save_model
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 
 from prism_nemo.config.enums import Precision
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
+from prism_nemo.convert.manifest import seal
 from prism_nemo.convert.ranks import launched_ranks
-from prism_nemo.engine.checkpoint import save_model, seal
 from prism_nemo.engine.runtime import initialize, session
 from prism_nemo.errors import CheckpointError
 from prism_nemo.models.base import TrainableModel
@@ -63,7 +64,6 @@ def on_ranks(work: Path, sources: dict[str, Path]) -> dict[str, list[str]]:
                 found[f"{kind} {name} loads"] = different(exported, expected)
                 saved = work / f"{kind} {name}" / model.name
                 save_model(saved, model.chunks, None)
-                dist.barrier()
                 if runtime.is_main:
                     model.save_assets(saved / "hf")
                     seal(saved)

@@ -18,12 +18,13 @@ import torch
 from helpers.layouts import OPTIMIZER, RECOMPUTE, build, directories, loss_of, rows_of
 from helpers.ranks import TESTS, run_ranks
 from helpers.rows import gradients, relative_errors
+from helpers.saving import save_model
 from helpers.tiny import make_prompt
 
 from prism_nemo.config.enums import Device, Fp8Recipe
 from prism_nemo.config.schema import ParallelConfig, RuntimeConfig
 from prism_nemo.convert.torch_dist import TorchDistCheckpoint
-from prism_nemo.engine.checkpoint import load_model, save_model, seal
+from prism_nemo.engine.model_checkpoint import load_model
 from prism_nemo.engine.runtime import initialize, session
 from prism_nemo.models import discriminator, policy
 from prism_nemo.models.base import TrainableModel, TrainingBatch
@@ -114,15 +115,9 @@ def step(name: str, kind: LayerKind, directories: dict[str, Path]) -> tuple[Trai
 
 def moved(source: TrainableModel, target: TrainableModel, folder: Path) -> tuple[bool, list[Any]]:
     """Whether `target` has `source`'s weights after a checkpoint, and the extra states that its modules then hold."""
-    import torch.distributed as dist
-
     for model in (source, target):
         assert model.optimizer is not None
     save_model(folder, source.chunks, source.optimizer)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        seal(folder)
-    dist.barrier()
     with torch.no_grad():
         for chunk in target.chunks:
             for parameter in chunk.parameters():

@@ -16,11 +16,12 @@ import pytest
 import torch
 from helpers.layouts import OPTIMIZER, RECOMPUTE, batch, directories, loss_of
 from helpers.rows import gradients, relative_errors
+from helpers.saving import save_model
 from helpers.tiny import make_prompt
 
 from prism_nemo.config.enums import Device, Fp8Recipe, TransformerImpl
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig, RuntimeConfig
-from prism_nemo.engine.checkpoint import load_model, save_model, seal
+from prism_nemo.engine.model_checkpoint import load_model
 from prism_nemo.engine.runtime import Runtime, initialize
 from prism_nemo.errors import ConfigError
 from prism_nemo.models.base import TrainableModel, TrainingBatch
@@ -158,7 +159,6 @@ def test_checkpoints_go_both_ways(kind: str, recipe: Settings, tmp_path: Path) -
     train(local, 1)
     for number, (source, target) in enumerate([(model, local), (local, model)]):
         save_model(tmp_path / str(number), source.chunks, source.optimizer)
-        seal(tmp_path / str(number))
         with torch.no_grad():
             for chunk in target.chunks:
                 for parameter in chunk.parameters():
@@ -175,7 +175,6 @@ def test_a_resumed_run_goes_on_as_it_was(recipe: Settings, tmp_path: Path) -> No
     train(model, 3)
     rollouts(model)
     save_model(tmp_path / "model", model.chunks, model.optimizer)
-    seal(tmp_path / "model")
     expected = train(model, 3, first=3)
     resumed = build("dense", recipe)
     load_model(tmp_path / "model", resumed.chunks, resumed.optimizer)

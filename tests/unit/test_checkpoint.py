@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,11 @@ from prism_nemo.config.enums import DecayStyle, Precision
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.convert.manifest import MANIFEST, check_manifest
 from prism_nemo.engine import checkpoint as checkpoint_module
-from prism_nemo.engine.checkpoint import CheckpointStore, is_model_checkpoint, load_model
+from prism_nemo.engine import saving as saving_module
+from prism_nemo.engine.checkpoint import CheckpointStore
+from prism_nemo.engine.model_checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.runtime import rng_state, set_rng_state
+from prism_nemo.engine.writing import ModelFiles, SaveError, SaveHangs
 from prism_nemo.errors import CheckpointError
 from prism_nemo.models.base import TrainableModel
 from prism_nemo.models.discriminator import DiscriminatorModel
@@ -224,19 +228,32 @@ class Interrupted(Exception):
 
 
 def fail(*_: Any, **__: Any) -> None:
-    raise Interrupted
+    raise Interrupted("on purpose")
 
 
-@pytest.mark.parametrize("broken", ["save_model", "rng_state", "seal", "write_atomically"])
-def test_a_save_that_fails_leaves_the_one_before(broken: str, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "broken", "expected"),
+    [
+        (checkpoint_module, "plan_model", Interrupted),
+        (checkpoint_module, "rng_state", Interrupted),
+        (ModelFiles, "write", SaveError),
+        (ModelFiles, "complete", SaveError),
+        (saving_module, "seal", SaveError),
+        (checkpoint_module, "write_atomically", SaveError),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_save_that_fails_leaves_the_one_before(
+    module: Any, broken: str, expected: type[Exception], store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = {"policy": policy(), "discriminator": discriminator()}
     train(models, 0)
     store.save(1, models, {})
     saved = state_of(models)
     train(models, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, broken, fail)
-        with pytest.raises(Interrupted):
+        patch.setattr(module, broken, fail)
+        with pytest.raises(expected, match="on purpose"):
             store.save(2, models, {})
     assert store.latest() == store.folder / "step_00000001"
     complete = [path.name for path in store.folder.glob("step_*")]
@@ -249,6 +266,88 @@ def test_a_save_that_fails_leaves_the_one_before(broken: str, store: CheckpointS
     assert steps(store) == ["latest", "step_00000001", "step_00000002"]
     store.load(fresh)
     assert differences(state_of(fresh), state_of(models)) == []
+
+
+# While training goes on
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Files are not written before the event is set."""
+    event, write = threading.Event(), ModelFiles.write
+
+    def wait_and_write(files: ModelFiles) -> Any:
+        event.wait()
+        return write(files)
+
+    monkeypatch.setattr(ModelFiles, "write", wait_and_write)
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_what_is_saved_is_the_state_at_the_begin(build: str, store: CheckpointStore, held: threading.Event) -> None:
+    """Whatever tensor training changes has been copied."""
+    models = MODELS[build]()
+    for step in range(2):
+        train(models, step)
+    expected = state_of(models)
+    torch.manual_seed(5)
+    store.begin(2, models, {})
+    generators = torch.get_rng_state()
+    assert store.settle(wait=False) is None
+    torch.rand(3)
+    for step in range(2, 5):
+        train(models, step)
+    with torch.no_grad():
+        for model in models.values():
+            for chunk in model.chunks:
+                for tensor in [*chunk.parameters(), *chunk.buffers()]:
+                    tensor.zero_()
+    assert store.latest() is None and store.settle(wait=False) is None
+    held.set()
+    assert store.settle(wait=True) == 2
+    assert store.settle(wait=True) is None
+    fresh = MODELS[build]()
+    assert store.load(fresh) == {"step": 2, **ONE_RANK}
+    assert differences(state_of(fresh), expected) == []
+    assert torch.equal(torch.get_rng_state(), generators)
+
+
+def test_it_comes_through_by_itself(store: CheckpointStore, held: threading.Event) -> None:
+    """Nobody asks, as when a step takes long; or the process is about to end."""
+    models = {"policy": policy()}
+    train(models, 0)
+    store.begin(1, models, {})
+    store.give_time(0.1)
+    assert store.latest() is None
+    held.set()
+    store.give_time(60)
+    assert store.latest() == store.folder / "step_00000001"
+    with pytest.raises(AssertionError, match="one at a time"):
+        store.begin(2, models, {})
+    assert store.settle(wait=False) == 1
+
+
+def test_one_that_fails_later_is_told_when_asked(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"policy": policy()}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFiles, "write", fail)
+        store.begin(1, models, {})
+        store.give_time(60)
+        with pytest.raises(SaveError, match=r"could not be written \(rank 0: Interrupted: on purpose\)"):
+            store.settle(wait=False)
+    assert list(store.folder.iterdir()) == []
+    store.begin(1, models, {})
+    assert store.settle(wait=True) == 1
+
+
+def test_one_that_hangs_is_given_up(tmp_path: Path, held: threading.Event) -> None:
+    store = CheckpointStore(tmp_path, one_rank(), keep_last_k=1, longest_seconds=1.0)
+    store.begin(1, {"policy": policy()}, {})
+    with pytest.raises(SaveHangs, match=r"longer than 0\.0166667 minutes, as on a file system that hangs"):
+        store.settle(wait=True)
+    assert store.latest() is None
 
 
 # What is wrong with it

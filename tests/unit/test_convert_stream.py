@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.qwen3_vl_configs import OFFICIAL, official_config
 from helpers.rows import one_rank
+from helpers.saving import save_model
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -50,7 +51,6 @@ from prism_nemo.convert.torch_dist import (
     write_index,
 )
 from prism_nemo.convert.torch_zip import TensorArchive, locate_tensor
-from prism_nemo.engine.checkpoint import save_model
 from prism_nemo.errors import CheckpointError
 from prism_nemo.models.base import TrainableModel
 from prism_nemo.models.discriminator import DiscriminatorModel

@@ -19,7 +19,7 @@ from prism_nemo.config.enums import Device, Fp8Recipe, Precision, StageKind, Tra
 from prism_nemo.config.fp8 import check_layers
 from prism_nemo.config.schema import DiscriminatorConfig, ModelConfig, ParallelConfig
 from prism_nemo.config.validate import validate
-from prism_nemo.engine.checkpoint import _without_extra_states
+from prism_nemo.engine.model_checkpoint import _without_extra_states
 from prism_nemo.engine.runtime import RowLengths
 from prism_nemo.errors import ConfigError, LayoutError
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
