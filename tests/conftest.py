@@ -1,4 +1,9 @@
-"""Marks tests by their folder, and skips what this machine cannot run, saying why."""
+"""Marks tests by their folder, skips what this machine cannot run, saying why, and says which tests share a process.
+
+`make test` spreads the tests over processes (`pytest -n 3 --dist loadgroup`). A file stays together: what its tests share is made
+once. So does tests/slurm: there is one cluster. The files that take longest come first, so that no process ends long after the
+others; in which order files run must not matter.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +19,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for a model is a mistake
 
 FOLDER_MARKERS = ("distributed", "integration", "gpu", "slurm")
+FIRST = ("slurm", "distributed/test_layouts.py", "integration/test_faults.py", "distributed", "integration")
 TESTS = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    in_groups = config.pluginmanager.hasplugin("xdist")
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
+        path = item.path.relative_to(TESTS)
+        folder = path.parts[0]
         if folder in FOLDER_MARKERS:
             item.add_marker(folder)
+        if in_groups:
+            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else path.as_posix()))
+    items.sort(key=_turn)
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not _has_cuda():
         _skip(for_gpu, "needs a CUDA device")
@@ -32,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for_slurm = [item for item in items if item.get_closest_marker("slurm")]
     if for_slurm and (why := missing()):
         _skip(for_slurm, why)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.path.relative_to(TESTS)
+    return next((turn for turn, name in enumerate(FIRST) if path.is_relative_to(name)), len(FIRST))
 
 
 def _has_cuda() -> bool:
