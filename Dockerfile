@@ -75,7 +75,10 @@ WORKDIR /src/project
 COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
 COPY conf conf
 COPY prism_nemo prism_nemo
-RUN python3 -m pip --python /opt/build/bin/python wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+# Runs note it as the commit of what runs.
+ARG REVISION=unknown
+RUN echo "${REVISION}" >prism_nemo/REVISION \
+    && python3 -m pip --python /opt/build/bin/python wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 
 FROM base AS train
@@ -90,9 +93,8 @@ RUN useradd --create-home --uid "${USER_ID}" --shell /bin/bash prism
 COPY --from=train-environment /opt/train /opt/train
 RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
     python3 -m pip --python /opt/train/bin/python install --no-deps --no-cache-dir /wheels/*.whl
-COPY --chmod=755 docker/serve-python docker/entrypoint /usr/local/bin/
+COPY --chmod=755 docker/entrypoint /usr/local/bin/
 ENV PATH=/opt/train/bin:${PATH} \
-    PRISM_NEMO_SERVE_PYTHON=/usr/local/bin/serve-python \
     HF_HUB_OFFLINE=1 \
     VLLM_NO_USAGE_STATS=1
 USER ${USER_ID}
@@ -106,6 +108,8 @@ FROM train AS full
 ARG USER_ID=10001
 USER 0
 COPY --from=serve-environment /opt/serve /opt/serve
+COPY --chmod=755 docker/serve-python /usr/local/bin/
+ENV PRISM_NEMO_SERVE_PYTHON=/usr/local/bin/serve-python
 RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
     python3 -m pip --python /opt/serve/bin/python install --no-deps --no-cache-dir /wheels/*.whl
 USER ${USER_ID}

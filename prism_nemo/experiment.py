@@ -15,6 +15,7 @@ No torch here, and TensorBoard is imported only where it is used.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ ENVIRONMENT = "environment.json"
 TIME_PREFIX = "time/"
 STATUS_INTERVAL_SECONDS = 1.0
 NOTICES = 20  # that stay
+DIRECTORY_VARIABLE = "PRISM_NEMO_DIRECTORY_FILE"  # a file that is told the run's directory: job scripts look there for progress
 
 
 class Experiment:
@@ -122,6 +124,8 @@ class Experiment:
         self._write_status()  # first: it is what makes the directory a run
         self._write_keeping_earlier(CONFIG, config_yaml)
         self._write_keeping_earlier(ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
+        if file := os.environ.get(DIRECTORY_VARIABLE):
+            write_atomically(Path(file), f"{self.directory.absolute()}\n")
 
     def _move_aside(self) -> None:
         directory, old_lock = self.directory.absolute(), self._lock  # the lock stays until the move is done

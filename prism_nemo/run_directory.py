@@ -94,6 +94,7 @@ PACKAGES = (
     "vllm",
 )
 LAUNCH_VARIABLES = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+COMMIT_VARIABLE = "PRISM_NEMO_COMMIT"  # from the job scripts: in a container git may be missing, or not trust the checkout
 LOCK = ".lock"  # in a run's directory
 LATEST = "latest"  # in a run's `checkpoints`: the name of the newest complete one
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -291,7 +292,7 @@ def describe_environment() -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "command": shlex.join(sys.argv),
         "directory": str(Path.cwd()),
-        "git_commit": _git_commit(),
+        "git_commit": _git_commit() or os.environ.get(COMMIT_VARIABLE) or _commit_of_image(),
         "launch": {name: os.environ[name] for name in LAUNCH_VARIABLES if name in os.environ},
     }
 
@@ -310,3 +311,12 @@ def _git_commit() -> str | None:
     if not git("ls-files", "--", "__init__.py"):  # an installed copy that happens to lie in somebody's checkout
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _commit_of_image() -> str | None:
+    """That of an installed package which was built for an image; None where it was not told."""
+    try:
+        told = (Path(prism_nemo.__file__).parent / "REVISION").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    return told if told != "unknown" else None

@@ -6,11 +6,12 @@
 #
 #   sbatch --nodes=4 --account=vision slurm/align.sh model.path=... data.train=... experiment.dir=runs/align
 #
-# All behind the script's name goes to the command as it stands; `%a` in it becomes the array index.
+# All behind the script's name goes to the command as it stands; in a job array, `%a` in it becomes the element's index.
 #
 # From the environment of sbatch (it hands all of it on):
 #   PRISM_NEMO_HOME             the checkout; otherwise where the script was submitted from
 #   PRISM_NEMO_PYTHON           the Python that has prism-nemo; otherwise .venv/bin/python of the checkout, or python3
+#   PRISM_NEMO_SERVE_PYTHON     the Python of rollout servers, where another one has vLLM; otherwise the same
 #   PRISM_NEMO_RANKS            processes a node; otherwise one a GPU, or one
 #   PRISM_NEMO_CONTAINER        image to run in: for pyxis (a name or .sqsh file), or an apptainer .sif file
 #   PRISM_NEMO_MOUNTS           more folders that the container sees, separated by commas, beside checkout, logs and current folder
@@ -47,11 +48,12 @@ die() {
 # prism_job COMMAND [KEY=VALUE ...]: the job, from the first line of its log to its end.
 prism_job() {
     prepare "$1"
-    local -a arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-0}}")
+    local -a arguments=("$@")
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || arguments=("${@//%a/$SLURM_ARRAY_TASK_ID}")
     directory=$(run_directory "${arguments[@]}")
-    say "job $(job_name)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: prism-nemo ${arguments[*]}" \
+    say "job $(job_name)${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: prism-nemo$(printf ' %q' "${arguments[@]}")" \
         "on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, $(ranks_per_node) rank(s) each," \
-        "commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}, logs $logs${directory:+, configuration $directory/config.yaml}"
+        "commit ${PRISM_NEMO_COMMIT:-unknown}, container ${PRISM_NEMO_CONTAINER:-none}, logs $logs${directory:+, configuration $directory/config.yaml}"
     network
     [[ -f $logs/failures ]] || echo "0 $(what_is_saved)" >"$logs/failures"
     if [[ -n ${PRISM_NEMO_DOCTOR:-} ]]; then examine "${arguments[@]}"; fi
@@ -66,15 +68,29 @@ prism_job() {
 # Where things are. $1: the command, for what is said when a folder is missing.
 prepare() {
     [[ -n ${SLURM_JOB_ID:-} || $1 == pipeline ]] || die "not inside of a SLURM job: sbatch slurm/$1.sh ..."
-    export PRISM_NEMO_HOME=${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-    home=$PRISM_NEMO_HOME
-    [[ -d $home/prism_nemo ]] || die "$home is no checkout of prism-nemo: submit from there, or set PRISM_NEMO_HOME"
+    number PRISM_NEMO_RANKS 1
+    number PRISM_NEMO_ROLLOUT_SERVERS 1
+    number PRISM_NEMO_MAX_FAILURES 1
+    number PRISM_NEMO_ROLLOUT_NODES 0
+    home=$(realpath --no-symlinks "${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}")
+    [[ -d $home/prism_nemo ]] || die "$home is no checkout of prism-nemo: submit from one, or set PRISM_NEMO_HOME"
+    export PRISM_NEMO_HOME=$home
     # The code that runs is this checkout's, whatever is installed, and the commit in the log is true.
     export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
     logs=${PRISM_NEMO_LOGS:-logs}/$(job_name)
     mkdir -p "$logs" || exit
     logs=$(realpath "$logs")
     export PRISM_NEMO_FIRST_END=$logs/first_end.${SLURM_RESTART_COUNT:-0}
+    # The run notes where it writes, which a configuration file may say, and takes the commit where it finds no git: in a container.
+    export PRISM_NEMO_DIRECTORY_FILE=$logs/directory
+    PRISM_NEMO_COMMIT=$(commit)
+    export PRISM_NEMO_COMMIT
+}
+
+# Ends the job unless the variable called $1 is unset or a number of at least $2.
+number() {
+    local value=${!1:-$2}
+    if [[ ! $value =~ ^(0|[1-9][0-9]{0,4})$ ]] || ((value < $2)); then die "$1=$value: it is to be a number of at least $2"; fi
 }
 
 # The name by which scontrol knows this job. An array's last element has the whole array's number: the number alone is not enough.
@@ -84,12 +100,12 @@ job_name() {
 
 commit() {
     local name
-    name=$(git -C "$home" rev-parse --short HEAD 2>/dev/null) || { echo unknown; return; }
+    name=$(git -C "$home" rev-parse HEAD 2>/dev/null) || { echo "${PRISM_NEMO_COMMIT:-}"; return; }
     git -C "$home" diff --quiet HEAD 2>/dev/null || name+='-dirty'
     echo "$name"
 }
 
-# The last experiment.dir among the arguments; nothing where a configuration file says it.
+# The last experiment.dir among the arguments; where a configuration file says it, the run will have noted it: see what_is_saved.
 run_directory() {
     local argument found=
     for argument; do [[ $argument == experiment.dir=* ]] && found=${argument#experiment.dir=}; done
@@ -114,8 +130,6 @@ network() {
     export MASTER_ADDR MASTER_PORT
     # Both look for the interface by themselves, and take a wrong one where a node has several that are up (docker0, a management net).
     if [[ -n ${PRISM_NEMO_NET:-} ]]; then export NCCL_SOCKET_IFNAME=$PRISM_NEMO_NET GLOO_SOCKET_IFNAME=$PRISM_NEMO_NET; fi
-    # A collective that fails must end its process, and with it the job, instead of waiting for the others for ever.
-    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     # One queue of kernels a GPU: tensor and context parallelism overlap communication with computation only so.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -126,6 +140,7 @@ network() {
 # without it they write where this script does.
 step_options() {
     options=(--nodes="$1" --relative="$2" --ntasks="$(($1 * $3))" --ntasks-per-node="$3"
+        --distribution=block  # ranks that follow one another are on one node, whatever the cluster's default: layouts rely on that
         # srun does not inherit it, and would bind a task to a single core; the tasks of a node share what the job has of it.
         --cpus-per-task="$((${SLURM_CPUS_ON_NODE:-$3} > $3 ? ${SLURM_CPUS_ON_NODE:-$3} / $3 : 1))"
         --kill-on-bad-exit=1 --wait=0 --unbuffered --export=ALL)
@@ -290,6 +305,6 @@ failures() { cut -d ' ' -f 1 "$logs/failures"; }
 
 # A word that changes with every checkpoint, and with every record that was sampled. `unknown` where the run directory is.
 what_is_saved() {
-    [[ -n $directory ]] || { echo unknown; return; }
+    [[ -n $directory ]] || directory=$(cat "$PRISM_NEMO_DIRECTORY_FILE" 2>/dev/null) || { echo unknown; return; }
     { cat "$directory"/{,*/}checkpoints/latest; cat "$directory"/{,*/}parts/rank_*.jsonl | wc -c; } 2>/dev/null | cksum | tr ' ' -
 }

@@ -9,5 +9,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-source "${PRISM_NEMO_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+source "${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/common.sh" ||
+    { echo 'no checkout of prism-nemo here: submit from it, or export PRISM_NEMO_HOME=/path/of/it' >&2 && exit 2; }
 prism_job pairs "$@"

@@ -20,13 +20,15 @@
 #   PRISM_NEMO_SBATCH_END      and for the last job
 #
 # Account, partition and QOS of this job are those of the others too, where these do not say otherwise.
-source "${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/common.sh"
+source "${PRISM_NEMO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/common.sh" ||
+    { echo 'no checkout of prism-nemo here: submit from it, or export PRISM_NEMO_HOME=/path/of/it' >&2 && exit 2; }
 
 declare -A jobs=()  # of stages, by name
 
 submit_all() {
     prepare pipeline
-    say "$(job_name): prism-nemo pipeline $*, commit $(commit), container ${PRISM_NEMO_CONTAINER:-none}"
+    say "$(job_name): prism-nemo pipeline$(printf ' %q' "$@"), commit ${PRISM_NEMO_COMMIT:-unknown}," \
+        "container ${PRISM_NEMO_CONTAINER:-none}"
     local plan=$logs/stages.sh
     once pipeline "$@" --jobs "$plan" || exit
     # shellcheck source=/dev/null

@@ -17,6 +17,12 @@ failed() { (set -C; echo "$1 $2 ${SLURMD_NODENAME:-$(hostname)}" >"$PRISM_NEMO_F
 
 if [[ -n ${PRISM_NEMO_SERVE_PORT:-} ]]; then
     unset MASTER_ADDR MASTER_PORT
+    if [[ ${PRISM_NEMO_CONTAINER:-} == *.sif ]]; then  # the image names it: so it is asked inside
+        # shellcheck disable=SC2016
+        python=("${python[@]:0:${#python[@]}-1}" sh -c 'exec "${PRISM_NEMO_SERVE_PYTHON:-$0}" "$@"' "${python[-1]}")
+    else
+        python=("${PRISM_NEMO_SERVE_PYTHON:-${python[0]}}")
+    fi
     # GPU number i of n servers that share g: those from i*g/n up to (i+1)*g/n.
     IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
     each=$((${#gpus[@]} / SLURM_NTASKS_PER_NODE))
@@ -24,11 +30,11 @@ if [[ -n ${PRISM_NEMO_SERVE_PORT:-} ]]; then
         mine=("${gpus[@]:$((SLURM_LOCALID * each)):each}")
         CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${mine[*]}")
     fi
-    trap '' USR1 TERM  # the run's last step may need it still; its end is the run's
+    trap '' USR1 TERM  # the server does not hear them either: the run's last step may need it still; its end is the run's
     while true; do
         "${python[@]}" -m prism_nemo "$@" "serve.port=$((PRISM_NEMO_SERVE_PORT + SLURM_LOCALID))"
         status=$?
-        if ((status == 2)); then
+        if ((status == 2 || status == 126 || status == 127)); then  # refused, or there is no such Python
             failed "server_$SLURM_PROCID" "$status"
             exit "$status"
         fi

@@ -86,7 +86,12 @@ class Image:
             return
         command = self.inside(command)
         print(f"== {command}", file=sys.stderr, flush=True)
-        environment = {"PATH": f"{self.base}/bin:/usr/bin:/bin", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HOME": str(self.root)}
+        environment = {
+            "PATH": f"{self.base}/bin:/usr/bin:/bin",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "HOME": str(self.root),
+            "REVISION": "unknown",
+        }
         environment |= {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "REQUESTS_"))}
         subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, check=True, stdout=sys.stderr)
 

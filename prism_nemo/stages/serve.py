@@ -104,12 +104,16 @@ def build_engine(config: ServeConfig, runtime: Runtime) -> RolloutEngine:
 
 
 def _serve(server: RolloutServer) -> None:
-    """Until a signal: `shutdown` waits for the loop that the signal interrupts, so that another thread calls it."""
+    """Until a signal: `shutdown` waits for the loop that the signal interrupts, so that another thread calls it.
+
+    A signal that was ignored when this process began stays so: a job script keeps its servers while the run saves.
+    """
 
     def stop(*_: Any) -> None:
         threading.Thread(target=server.shutdown, daemon=True).start()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in heard}
     try:
         server.serve_forever(poll_interval=0.2)
     finally:

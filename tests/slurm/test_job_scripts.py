@@ -7,16 +7,19 @@ from pathlib import Path
 
 from slurm.jobs import HOME, Jobs
 
-# A stand-in that saves a step at every start, as a run does.
-SAVE = "mkdir -p run/checkpoints; echo step_$SLURM_RESTART_COUNT >run/checkpoints/latest; "
+# A stand-in that saves a step at every start, as a run does, and notes where.
+SAVE = (
+    "mkdir -p run/checkpoints; echo step_$SLURM_RESTART_COUNT >run/checkpoints/latest; "
+    "echo $PWD/run >$PRISM_NEMO_DIRECTORY_FILE; "
+)
 
 
 def test_a_job_says_what_it_runs_and_numbers_its_ranks(jobs: Jobs) -> None:
     job = jobs.stand_in("", "model=qwen3_vl_4b", "data.system_prompt=two words", flags="--nodes=2 --gpus-per-node=2")
     assert jobs.end(job) == "COMPLETED"
     first, *rest = jobs.log(job).splitlines()
-    commit = subprocess.run(["git", "-C", HOME, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    for part in (f"job {job}: prism-nemo align model=qwen3_vl_4b data.system_prompt=two words on 2 node(s) prism-a,prism-b",
+    commit = subprocess.run(["git", "-C", HOME, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for part in (f"job {job}: prism-nemo align model=qwen3_vl_4b data.system_prompt=two\\ words on 2 node(s) prism-a,prism-b",
                  "2 rank(s) each", f"commit {commit}", "container none"):  # fmt: skip
         assert part in first
     assert rest[-1].endswith("finished")
@@ -30,7 +33,7 @@ def test_a_job_says_what_it_runs_and_numbers_its_ranks(jobs: Jobs) -> None:
 def test_what_fails_is_tried_again_and_given_up_without_progress(jobs: Jobs) -> None:
     crashing = jobs.stand_in("exit 3", "experiment.dir=run1", PRISM_NEMO_MAX_FAILURES="2")
     going_on = jobs.stand_in(
-        SAVE + '[[ ${SLURM_RESTART_COUNT:-0} -ge 3 ]] || exit 3', "experiment.dir=run", PRISM_NEMO_MAX_FAILURES="1"
+        SAVE + '[[ ${SLURM_RESTART_COUNT:-0} -ge 3 ]] || exit 3', "--config", "mine.yaml", PRISM_NEMO_MAX_FAILURES="1"
     )  # fmt: skip
     assert jobs.end(crashing) == "FAILED"
     assert jobs.restarts(crashing) == 1

@@ -82,6 +82,18 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     assert environment["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", environment["git_commit"])
 
 
+def test_a_job_is_told_where_the_run_is_and_tells_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where git finds none, as in a container that has no git, or does not trust the checkout."""
+    monkeypatch.setenv("PRISM_NEMO_DIRECTORY_FILE", str(tmp_path / "told"))
+    monkeypatch.setenv("PRISM_NEMO_COMMIT", "b" * 40)
+    monkeypatch.setattr("prism_nemo.run_directory._git_commit", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with experiment(Path("a")):
+        pass
+    assert (tmp_path / "told").read_text() == f"{tmp_path / 'a'}\n"
+    assert json.loads(Path("a/environment.json").read_text())["git_commit"] == "b" * 40
+
+
 def test_metrics_keep_every_digit_and_what_is_not_finite(tmp_path: Path) -> None:
     values = {"a": 0.1 + 0.2, "b": 1e-310, "c": math.nan, "d": math.inf, "e": -math.inf, "n": 2**60 + 1}
     with experiment(tmp_path) as run:

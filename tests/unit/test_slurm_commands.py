@@ -57,12 +57,12 @@ def test_srun_without_a_container(tmp_path: Path, environment: dict[str, str]) -
     calls, said = run(HOME / "slurm/align.sh", "a=b c", cwd=tmp_path, environment=environment | {"PRISM_NEMO_SRUN": "--mpi=none"})
     log = f"{tmp_path}/logs/12/rank_%t.log"
     assert calls == [[
-        "srun", "--nodes=3", "--relative=0", "--ntasks=24", "--ntasks-per-node=8", "--cpus-per-task=12",
+        "srun", "--nodes=3", "--relative=0", "--ntasks=24", "--ntasks-per-node=8", "--distribution=block", "--cpus-per-task=12",
         "--kill-on-bad-exit=1", "--wait=0", "--unbuffered", "--export=ALL",
         "--open-mode=append", f"--output={log}", f"--error={log}", "--mpi=none",
         "bash", f"{HOME}/slurm/rank.sh", "align", "a=b c",
     ]]  # fmt: skip
-    assert "prism-nemo align a=b c on 3 node(s) n[1-3], 8 rank(s) each" in said
+    assert r"prism-nemo align a=b\ c on 3 node(s) n[1-3], 8 rank(s) each" in said
 
 
 def test_pyxis_gets_the_image_and_sees_checkout_logs_and_the_current_folder(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -103,6 +103,84 @@ def test_apptainer_is_started_for_every_rank(tmp_path: Path, environment: dict[s
     ]]  # fmt: skip
     calls, _ = run(HOME / "slurm/align.sh", cwd=tmp_path, environment=environment | more)
     assert not [argument for argument in calls[-1] if argument.startswith("--container")]
+
+
+def server_of(environment: dict[str, str], program: Path, cwd: Path, **more: str) -> list[str]:
+    """How rank.sh starts the third of four rollout servers of a node; the program that it starts refuses with status 2."""
+    program.write_text(WRITES_DOWN.replace('time.sleep(60 if "serve" in sys.argv else 1)', "sys.exit(2)"))
+    program.chmod(0o755)
+    place = {
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_NTASKS": "4",
+        "SLURMD_NODENAME": "n1",
+    }
+    place |= {"PRISM_NEMO_SERVE_PORT": "900", "PRISM_NEMO_FIRST_END": f"{cwd}/first_end"}
+    command = ["bash", HOME / "slurm/rank.sh", "serve", "--of", "rlvr"]
+    assert subprocess.run(command, cwd=cwd, env=environment | place | more, timeout=60).returncode == 2
+    assert (cwd / "first_end").read_text() == "server_2 2 n1\n"
+    (call,) = [json.loads(line) for line in Path(environment["CALLS"]).read_text().splitlines()]
+    return call
+
+
+def test_rollout_servers_run_in_a_python_of_their_own(tmp_path: Path, environment: dict[str, str]) -> None:
+    serve = tmp_path / "bin" / "serve-python"
+    call = server_of(environment, serve, tmp_path, PRISM_NEMO_SERVE_PYTHON=str(serve), PRISM_NEMO_PYTHON="/no/python")
+    assert call == ["serve-python", "-m", "prism_nemo", "serve", "--of", "rlvr", "serve.port=902"]
+
+
+def test_in_apptainer_the_image_names_the_python_of_servers(tmp_path: Path, environment: dict[str, str]) -> None:
+    """A shell in the container decides: outside of it nobody knows what the image sets."""
+    call = server_of(environment, tmp_path / "bin" / "apptainer", tmp_path, PRISM_NEMO_CONTAINER="/images/prism.sif")
+    assert call[:3] == ["apptainer", "exec", "--nv"]
+    inside = call[call.index("/images/prism.sif") + 1 :]
+    assert inside[3:] == ["python3", "-m", "prism_nemo", "serve", "--of", "rlvr", "serve.port=902"]
+    for variable, python in (("/bin/echo", "-m prism_nemo"), ("", "")):
+        kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PRISM_NEMO_SERVE_PYTHON": variable}
+        (tmp_path / "python3").write_text("#!/bin/sh\necho own\n")
+        (tmp_path / "python3").chmod(0o755)
+        done = subprocess.run(inside, env=kept, capture_output=True, text=True, timeout=60)
+        assert done.stdout.startswith(python or "own"), done
+
+
+def test_a_python_that_is_not_there_is_not_tried_for_ever(tmp_path: Path, environment: dict[str, str]) -> None:
+    place = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "1", "PRISM_NEMO_SERVE_PORT": "900"}
+    place |= {"PRISM_NEMO_FIRST_END": f"{tmp_path}/first_end", "PRISM_NEMO_SERVE_PYTHON": "/no/python"}
+    command = ["bash", HOME / "slurm/rank.sh", "serve", "--of", "rlvr"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment | place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 127
+    assert "/no/python" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "least"),
+    [("PRISM_NEMO_RANKS", "0", 1), ("PRISM_NEMO_ROLLOUT_NODES", "all", 0), ("PRISM_NEMO_MAX_FAILURES", "-1", 1)],
+)
+def test_what_is_no_number_is_refused(variable: str, value: str, least: int, tmp_path: Path, environment: dict[str, str]) -> None:
+    command = ["bash", HOME / "slurm/align.sh"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment | {variable: value}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"{variable}={value}: it is to be a number of at least {least}" in done.stderr
+    assert not Path(environment["CALLS"]).exists()
+
+
+def test_a_script_submitted_from_elsewhere_says_what_it_needs(tmp_path: Path, environment: dict[str, str]) -> None:
+    kept = {name: value for name, value in environment.items() if name != "PRISM_NEMO_HOME"}
+    for script in ("align", "convert", "pipeline"):
+        done = subprocess.run(
+            ["bash", HOME / "slurm" / f"{script}.sh"], cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2
+        assert "submit from it, or export PRISM_NEMO_HOME" in done.stderr
+
+
+def test_only_an_array_replaces_its_index(tmp_path: Path, environment: dict[str, str]) -> None:
+    calls, _ = run(HOME / "slurm/align.sh", "data.system_prompt=100%accurate", cwd=tmp_path, environment=environment)
+    assert calls[0][-1] == "data.system_prompt=100%accurate"
+    element = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "7"}
+    calls, _ = run(HOME / "slurm/align.sh", "experiment.dir=runs/%a/%a", cwd=tmp_path, environment=environment | element)
+    assert calls[-1][-1] == "experiment.dir=runs/7/7"
 
 
 def test_the_network_is_what_was_named(tmp_path: Path, environment: dict[str, str]) -> None:
