@@ -21,7 +21,7 @@ VLLM := $(VENV)/vllm
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged
 
-SCRIPTS := --external-sources $(wildcard slurm/*.sh tests/slurm/*.sh) .ci/run
+SCRIPTS := --external-sources $(wildcard slurm/*.sh tests/slurm/*.sh) docker/entrypoint docker/serve-python .ci/run
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo report test test-vllm test-nemo test-slurm slurm lint format audit clean
