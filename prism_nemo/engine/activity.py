@@ -127,7 +127,7 @@ class Activity:
 class _Work:
     """What a process, its threads and its descendants have done so far."""
 
-    seconds: float = 0.0  # on a processor or waiting for one
+    seconds: float = 0.0  # on a processor; of the main thread also those in which it waited for one
     bytes: int = 0  # read or written
     faults: int = 0  # pages brought in from a disk
     children: dict[int, tuple[float, int]] = field(default_factory=dict)  # by process id: seconds, and bytes and faults
@@ -159,11 +159,12 @@ class _Work:
         self.faults += int(fields[9])
         self.bytes += _bytes_of(task)
         self.syncing = self.syncing or _is_syncing(task)
-        if int(task.name) == os.getpid():
+        is_main = int(task.name) == os.getpid()
+        if is_main:
             self.in_kernel = fields[0] == "D"
         try:
             running, queued, _ = (task / "schedstat").read_text().split()
-            self.seconds += (int(running) + int(queued)) * 1e-9
+            self.seconds += (int(running) + int(queued) * is_main) * 1e-9
         except FileNotFoundError:  # a kernel without it
             self.seconds += (int(fields[11]) + int(fields[12])) / _TICKS
 
