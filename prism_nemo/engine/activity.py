@@ -147,8 +147,10 @@ class _Work:
             work.readable = False
             return work
         for pid, stat in _descendants(os.getpid()).items():
-            work.children[pid] = (int(stat[11]) + int(stat[12])) / _TICKS, int(stat[9]) + _bytes_of(_PROC / str(pid))
-            work.syncing = work.syncing or _is_syncing(_PROC / str(pid))
+            process = _PROC / str(pid)
+            seconds = (int(stat[11]) + int(stat[12])) / _TICKS + _schedule_of(process)[1]
+            work.children[pid] = seconds, int(stat[9]) + _bytes_of(process)
+            work.syncing = work.syncing or _is_syncing(process)
         return work
 
     def _add_thread(self, task: Path) -> None:
@@ -162,11 +164,10 @@ class _Work:
         is_main = int(task.name) == os.getpid()
         if is_main:
             self.in_kernel = fields[0] == "D"
-        try:
-            running, queued, _ = (task / "schedstat").read_text().split()
-            self.seconds += (int(running) + int(queued) * is_main) * 1e-9
-        except FileNotFoundError:  # a kernel without it
-            self.seconds += (int(fields[11]) + int(fields[12])) / _TICKS
+        running, queued = _schedule_of(task)
+        self.seconds += running or (int(fields[11]) + int(fields[12])) / _TICKS
+        if is_main:
+            self.seconds += queued
 
     def is_more_than(self, earlier: _Work, passed: float) -> bool:
         seconds, others = self.seconds - earlier.seconds, self.bytes - earlier.bytes
@@ -181,6 +182,14 @@ class _Work:
             or self.faults > earlier.faults
             or not earlier.children.keys() <= self.children.keys()  # one has ended
         )
+
+
+def _schedule_of(process: Path) -> tuple[float, float]:
+    """Seconds on a processor, and waiting for one; 0 from a kernel that does not tell."""
+    with suppress(OSError):
+        running, queued, _ = (process / "schedstat").read_text().split()
+        return int(running) * 1e-9, int(queued) * 1e-9
+    return 0.0, 0.0
 
 
 def _bytes_of(process: Path) -> int:

@@ -17,9 +17,11 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from helpers.stages import settings, trained_policy, written
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 KILLS = int(os.environ.get("PRISM_NEMO_FAULTS", "0"))
 MEASURED = KILLS > 0
-LIMITS = () if MEASURED else ("runtime.lost_rank_seconds=4",)
+LIMITS = () if MEASURED else ("runtime.lost_rank_seconds=4", "runtime.stuck_rank_seconds=4")
 STEPS = 8
 RUN = (f"trainer.max_steps={STEPS}", "trainer.save_interval=1", *LIMITS)
 SECONDS = 200.0  # for what takes a few
@@ -171,6 +173,106 @@ def test_a_stopped_rank(hurt: int, launcher: Launcher, folder: Path) -> None:
     rows[name] = Row(1, "the other names it and ends with status 1; restarted, the run goes on", seconds=seconds)
 
 
+STUCK = {
+    "sleep": "time.sleep(1e6)",
+    "lock": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "file": "open(pipe, 'rb').read()",  # nobody writes into it: a file system that does not answer
+}
+
+
+@pytest.mark.parametrize("how", list(STUCK) if MEASURED else ["file"])
+def test_a_stuck_rank(how: str, launcher: Launcher, folder: Path) -> None:
+    """It lives, its connections are open, its threads give signs of life, and its main thread waits for what never comes."""
+    hurt = list(STUCK).index(how) % 2
+    run, before, mark = folder / f"stuck_{how}", folder / f"stuck_{how}.py", folder / f"stuck_{how}.began"
+    os.mkfifo(folder / f"{how}.pipe")
+    before.write_text(
+        _at_step(
+            3, hurt, f"pipe = {str(folder / f'{how}.pipe')!r}\n        open({str(mark)!r}, 'w').close()\n        {STUCK[how]}"
+        )
+    )
+    job = start(launcher, run, before=before)
+    deadline = time.monotonic() + SECONDS
+    while not mark.exists():
+        assert not job.poll() and time.monotonic() < deadline, job.output()
+        time.sleep(0.02)
+    began = time.monotonic()
+    assert job.wait(SECONDS) == [1, 1], job.output()
+    seconds = max(job.ended.values()) - began
+    for rank in (0, 1):
+        found = re.search(
+            rf"the run ends: rank {hurt} on \S+, which was at: rlvr, step 4.* has done nothing for", job.output(rank)
+        )
+        assert found, job.output(rank)
+        assert f"rank {1 - hurt} on" not in found[0]
+    assert re.search(r"line \d+ in stuck", (run / "stacks" / f"rank_{hurt}.txt").read_text()), "its own stack shows where"
+    finish(launcher, run)
+    assert same(run, unbroken(launcher, folder))
+    assert seconds < 60
+    earlier = rows.get("a rank is stuck (a lock, a sleep, a file)", Row(0, ""))
+    rows["a rank is stuck (a lock, a sleep, a file)"] = Row(
+        earlier.times + 1,
+        "all ranks name it and end with status 1; restarted, the run goes on",
+        seconds=max(seconds, earlier.seconds or 0.0),
+    )
+
+
+def _at_step(step: int, rank: int, code: str) -> str:
+    return (
+        "import os, threading, time\n"
+        "from prism_nemo.stages.rlvr import RLVRTrainer\n"
+        "scores = RLVRTrainer.scores\n"
+        "def stuck(self, rollouts):\n"
+        f"    if os.environ['RANK'] == '{rank}' and self.loop.done == {step}:\n"
+        f"        {code}\n"
+        "    return scores(self, rollouts)\n"
+        "RLVRTrainer.scores = stuck\n"
+    )
+
+
+class _Slow(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        time.sleep(LONG)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+LONG = 50.0 if MEASURED else 8.0  # seconds, more than a stuck rank gets
+
+
+def test_ranks_that_take_long_are_left_alone(launcher: Launcher, folder: Path) -> None:
+    """The others wait while one computes in one call, waits for a process that it started, and for a server that is slow."""
+    run, before = folder / "slow", folder / "slow.py"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before.write_text(
+        "import hashlib, os, subprocess, sys, time\n"
+        "from prism_nemo.rollout.exchange import Address\n"
+        "from prism_nemo.stages.rlvr import RLVRTrainer\n"
+        "scores = RLVRTrainer.scores\n"
+        "def rounds(seconds):\n"
+        "    began = time.process_time()\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000)\n"
+        "    return int(200_000 * seconds / (time.process_time() - began))\n"
+        "def slow(self, rollouts):\n"
+        "    if os.environ['RANK'] == '1' and self.loop.done == 2:\n"
+        f"        hashlib.pbkdf2_hmac('sha256', b'', b'', rounds({LONG}))\n"
+        "    if os.environ['RANK'] == '0' and self.loop.done == 3:\n"
+        f"        subprocess.run([sys.executable, '-c', 'import time\\nwhile time.process_time() < {LONG}: pass'], check=True)\n"
+        "    if os.environ['RANK'] == '1' and self.loop.done == 4:\n"
+        f"        Address('http://127.0.0.1:{server.server_port}', None).get('/', timeout_seconds=600)\n"
+        "    return scores(self, rollouts)\n"
+        "RLVRTrainer.scores = slow\n"
+    )
+    job = start(launcher, run, before=before)
+    assert job.wait(3 * SECONDS) == [0, 0], job.output()
+    server.shutdown()
+    assert same(run, unbroken(launcher, folder))
+
+
 def test_a_rank_that_fails_by_itself(launcher: Launcher, folder: Path) -> None:
     """The other one, which waits for it in a collective, says whose fault it was."""
     run, before = folder / "failing", folder / "failing.py"
@@ -278,13 +380,17 @@ def test_nan(launcher: Launcher, folder: Path) -> None:
     assert job.wait(SECONDS) == [0, 0], job.output()
     listed = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
     assert [row["reason"] for row in listed] == ["the gradient is not finite"]
+    assert listed[0]["step"] == 3
+    assert listed[0]["ranks"] == [1], "before the sum over ranks it was this one's alone"
     assert len(listed[0]["samples"]) == 4
+    assert listed[0]["samples_of_ranks"] == listed[0]["samples"][2:]
+    assert any("step 3: the gradient is not finite (on rank 1)" in notice for notice in status(run)["notices"])
     metrics, expected = written(run)[0], written(unbroken(launcher, folder))[0]
     assert metrics[:2] == expected[:2]
     assert [row["step"] for row in metrics] == [row["step"] for row in expected]
     numbers = [value for row in metrics if row["step"] != 3 for value in row.values() if isinstance(value, float)]
     assert all(value == value for value in numbers)
-    rows["NaN in a gradient of one rank"] = Row(1, "no rank takes the step; its samples are listed; the run goes on")
+    rows["NaN in a gradient of one rank"] = Row(1, "no rank takes the step; the rank is named, its samples are listed; the run goes on")
 
 
 def test_a_killed_rollout_server(launcher: Launcher, folder: Path) -> None:
