@@ -3,6 +3,7 @@
 #   make demo PYTHON=python3.12           another interpreter (3.11 or newer)
 #   make demo TORCH='torch==2.12.1'       another torch; it is installed first, so that nothing else chooses one
 #   make test TESTS=tests/unit            some of the tests; options for pytest: PYTEST_ARGS='-k rope -x'
+#   make test WORKERS=0                   the tests one by one in one process
 #
 # On a machine without a GPU, torch's CPU build spares gigabytes: let pip see an index that has it (PIP_EXTRA_INDEX_URL).
 
@@ -12,6 +13,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= report,test,dev
 TESTS ?= tests
 PYTEST_ARGS ?=
+# Processes for the tests: one more than cores, for many of them wait. Each takes about 1.5 GB, and ranks that it starts take theirs.
+WORKERS ?= $(shell n=$$(($$(nproc 2>/dev/null || echo 2) + 1)); echo $$((n < 8 ? n : 8)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,10 +32,11 @@ SCRIPTS := --external-sources $(wildcard slurm/*.sh tests/slurm/*.sh) docker/ent
 help:
 	@echo 'make demo      the whole pipeline on handwritten digits: runs/demo (minutes, no GPU)'
 	@echo 'make report    the tables and curves of runs/demo once more'
-	@echo 'make test      all tests that this machine can run'
+	@echo 'make test      all tests that this machine can run; it ends with what it left out, and how to run that'
 	@echo 'make test-vllm those of the rollout engine vLLM alone, which it installs beside $(VENV) (2.4 GB); make test VLLM= leaves them out'
 	@echo 'make test-nemo the tests against NeMo, which it installs beside $(VENV) (450 MB)'
 	@echo 'make test-slurm those of the job scripts alone, in a real SLURM on this machine; as root, and it installs Debian'"'"'s packages'
+	@echo 'make slurm     installs those packages alone; make test, as root, then runs these tests too'
 	@echo 'make lint      style, types and import rules'
 	@echo 'make format    puts the code into the style that lint wants'
 	@echo 'make audit     bounds, licences and, where its database can be reached, known vulnerabilities of what is installed'
@@ -58,8 +62,8 @@ report: $(INSTALLED)
 	$(BIN)/prism-nemo report runs/demo
 
 # One thread a process: the tests start several ranks, which would otherwise fight for the cores.
-test: $(INSTALLED) $(if $(VLLM),test-vllm) slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+test: $(INSTALLED) $(if $(VLLM),test-vllm)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm $(PYTEST_ARGS) tests/unit tests/integration tests/distributed
@@ -72,14 +76,14 @@ test-slurm: $(INSTALLED) slurm
 	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm needs root: the daemons of SLURM start jobs of users' >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/slurm
 
-# SLURM's daemons, where they can be had; otherwise what is missing, and its tests are skipped.
+# SLURM's daemons, where they can be had; otherwise what is missing.
 slurm:
 	@missing=; for p in $(SLURM_PROGRAMS); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(SLURM_PACKAGES) && exit 0; \
 	fi; \
-	echo "SLURM's tests are left out, for want of$$missing. As root on Debian: apt-get install $(SLURM_PACKAGES)" >&2
+	echo "SLURM's tests cannot run, for want of$$missing. As root on Debian: apt-get install $(SLURM_PACKAGES)" >&2
 
 # NeMo and vLLM hold some packages back, so each gets an environment of its own, on top of the other one: what fits is used from there.
 define on_top

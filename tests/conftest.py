@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if for_gpu and not _has_cuda():
         _skip(for_gpu, "needs a CUDA device")
     if importlib.util.find_spec("nemo_aligner") is None:
-        _skip([item for item in items if item.get_closest_marker("nemo")], "needs the extra `nemo`")
+        _skip([item for item in items if item.get_closest_marker("nemo")], "needs the extra `nemo`: make test-nemo")
     if importlib.util.find_spec("vllm") is None:
         _skip([item for item in items if item.get_closest_marker("vllm")], "needs vLLM: make test-vllm")
     for_slurm = [item for item in items if item.get_closest_marker("slurm")]
     if for_slurm and (why := missing()):
         _skip(for_slurm, why)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # below all else that is summed up
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """In one line, which tests this run left out that another command runs."""
+    yield
+    why = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())]
+    left_out = Counter(reason for reason in why if "make test-" in reason).most_common()
+    if left_out:
+        terminalreporter.write_line("left out: " + "; ".join(f"{count} ({reason})" for reason, count in left_out))
 
 
 def _turn(item: pytest.Item) -> int:
