@@ -235,17 +235,26 @@ run_ranks() {
     return "$status"
 }
 
-# Tells every rank on every node to save and end. Once more every few seconds: srun does not pass on what comes before its tasks run.
+# Every rank is to save and end. A second signal is SLURM's, which ends the job: its time may be up before all was saved.
 stop() {
     woken=1
-    [[ -z $stopped ]] || return
-    stopped=1
-    say "$1: the run saves"
-    [[ -n $srun ]] || return
+    if [[ -z $stopped ]]; then
+        stopped=1
+        say "$1: the run saves"
+        [[ -z $srun ]] || tell_ranks
+    fi
+    if [[ $1 == SIGTERM && $(shown) == *' Reason=TimeLimit '* ]]; then start_again 'out of time before the run had saved'; fi
+}
+
+# On every node. Once more every few seconds: srun does not pass on what comes before its tasks run.
+tell_ranks() {
     kill -USR1 "$srun" 2>/dev/null
     (trap - USR1 TERM; while sleep "$RESEND_SECONDS"; do kill -USR1 "$srun" 2>/dev/null || exit; done) &
     resending=$!
 }
+
+# What SLURM knows of this job.
+shown() { scontrol show job --oneliner "$(job_name)"; }
 
 # What the first rank that ended badly ended with, and says which: the others were ended for its sake. Without one, what srun did.
 status_of_run() {
@@ -270,14 +279,16 @@ settle() {
 # Queues the job again, unless SLURM has taken that into its hands, or there is no end to it.
 start_again() {
     local known state
-    known=$(scontrol show job --oneliner "$(job_name)")
+    known=$(shown)
     state=${known#*JobState=}
     state=${state%% *}
     case $state in
         # Everything else is a kind of running: SIGNALING, for one, for a moment when it is preempted.
         COMPLETING | CANCELLED | PREEMPTED | TIMEOUT | DEADLINE | NODE_FAIL | PENDING | REQUEUE* | SPECIAL_EXIT)
-            say "$1; SLURM has ended the job ($state), and starts it again if that was a preemption or a node that failed"
-            return
+            if [[ $known != *' Reason=TimeLimit '* ]]; then
+                say "$1; SLURM has ended the job ($state), and starts it again if that was a preemption or a node that failed"
+                return
+            fi
             ;;
     esac
     # Whoever is preempted often may yet have no time for a step: that is not counted.

@@ -2,6 +2,9 @@
 # One process: srun starts it on every node. A rank, with torch's names for its place; or, with PRISM_NEMO_SERVE_PORT, a rollout
 # server, which is started again when it dies, as long as the run lives. See common.sh.
 
+# An image may set a PYTHONPATH of its own, which pyxis puts before that of the job.
+[[ ${PYTHONPATH:-} == "$PRISM_NEMO_HOME"* ]] || export PYTHONPATH=$PRISM_NEMO_HOME${PYTHONPATH:+:$PYTHONPATH}
+
 python=(python3)
 if [[ ${PRISM_NEMO_CONTAINER:-} == *.sif ]]; then
     python=(apptainer exec --nv --bind "$PRISM_NEMO_HOME,$PWD,${PRISM_NEMO_FIRST_END%/*}${PRISM_NEMO_MOUNTS:+,$PRISM_NEMO_MOUNTS}"

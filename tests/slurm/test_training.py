@@ -112,7 +112,14 @@ def test_rollout_servers_on_a_node_of_the_same_job(jobs: Jobs, tmp_path: Path) -
     values = settings("rlvr", jobs.folder / "run", "trainer.max_steps=6")
     job = jobs.submit("rlvr", *values, flags="--nodes=2", PRISM_NEMO_ROLLOUT_NODES="1")
     jobs.until(job, lambda: steps_logged(jobs.folder / "run") >= 2)
-    (server,) = [number for number in jobs.cluster.processes(NODES[1]) if {"-m", "serve"} <= set(_command(number))]
+
+    def servers() -> list[int]:
+        return [number for number in jobs.cluster.processes(NODES[1]) if {"-m", "serve"} <= set(_command(number))]
+
+    (server,) = servers()
+    jobs.cluster.run("scancel", "--signal=TERM", f"{job}.1")  # as before a preemption, while the run saves with its help
+    jobs.until(job, lambda: steps_logged(jobs.folder / "run") >= 3)
+    assert servers() == [server]
     os.kill(server, signal.SIGKILL)  # it is started again, and gets the weights again
     assert jobs.end(job) == "COMPLETED", jobs.log(job)
     assert jobs.restarts(job) == 0

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "SLURM_CPUS_ON_NODE": "96",
         "SLURM_SUBMIT_DIR": str(tmp_path),
     }
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def run(script: Path, *arguments: str, cwd: Path, environment: dict[str, str]) -> tuple[list[list[str]], str]:
@@ -192,3 +202,26 @@ def test_the_network_is_what_was_named(tmp_path: Path, environment: dict[str, st
     )  # fmt: skip
     for setting in ("NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "MASTER_ADDR=n1", f"MASTER_PORT={12000 + 12 * 37 + 2}"):
         assert setting in done.stderr.splitlines()
+
+
+def test_a_job_whose_time_is_up_before_it_has_saved_is_queued_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    shows = (
+        NAMES_NODES
+        + "[[ $1 == requeue ]] && echo $2 >requeued\n[[ $2 == job ]] && echo 'JobState=COMPLETING Reason=TimeLimit X=Y'\n"
+    )
+    (tmp_path / "bin" / "scontrol").write_text(shows)
+    job = subprocess.Popen(
+        ["bash", HOME / "slurm/align.sh"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(Path(environment["CALLS"]).exists)  # it runs
+    job.send_signal(signal.SIGTERM)
+    until((tmp_path / "requeued").exists)
+    job.terminate()  # it waits for SLURM to end it
+    said = job.communicate(timeout=60)[1]
+    assert (tmp_path / "requeued").read_text() == "12\n"
+    assert "out of time before the run had saved: it is queued again" in said
