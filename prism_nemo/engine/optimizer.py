@@ -53,11 +53,12 @@ def _set_with_own_step(part: DistributedOptimizer, model_param: torch.Tensor, te
 
 @dataclass(frozen=True)
 class StepResult:
-    """`applied` is false when the gradient was not finite; nothing was changed then."""
+    """`applied` is false when the gradient was not finite; nothing was changed then. `at_fault`: this rank's own part was not."""
 
     applied: bool
     grad_norm: float
     learning_rate: float
+    at_fault: bool = False
 
 
 class ModelOptimizer:
@@ -75,6 +76,7 @@ class ModelOptimizer:
         self.max_steps = max_steps
         self.chunks = list(chunks_of(model))
         self.num_updates = 0  # steps applied; with none there are no moments
+        self._own_sum = torch.zeros(())  # of this rank's gradients before those of others came to them
         dtype = self.chunks[0].config.params_dtype
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -128,6 +130,9 @@ class ModelOptimizer:
 
     def finalize_gradients(self) -> None:
         """Sums gradients over data-parallel ranks, and over tensor-parallel ones where a parameter is replicated."""
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        # Not finite where a part is not. Stays on the device: only a step that fails looks at it.
+        self._own_sum = torch.stack([buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers]).sum()
         finalize_model_grads(self.chunks)
 
     @contextmanager
@@ -158,7 +163,7 @@ class ModelOptimizer:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
-            return StepResult(False, norm, rate)
+            return StepResult(False, norm, rate, at_fault=not bool(self._own_sum.isfinite()))
         if self.config.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 parameters = part.get_parameters()

@@ -198,26 +198,26 @@ class AlignTrainer:
     def update(self, step: int, rollouts: RolloutBatch, scores: Scores, positions: Sequence[int]) -> dict[str, float]:
         """The policy's gradient from the scores, then both optimizer steps; none when a score is not finite."""
         ids = [record.id for record in rollouts.records]
-        if not self.scores_are_finite(scores):
-            self.loop.guard(False, "a score", ids)
+        finite = self.own_scores_are_finite(scores)
+        if self.runtime.max_over_all(int(not finite)):  # without the discriminator's step the policy takes none either
+            self.loop.guard(False, "a score", ids, at_fault=not finite)
             return {}
         advantages = self.advantages(rollouts, scores)
         update = self.policy_update.run(step, rollouts, advantages, positions)
-        applied, result = update.applied, update.metrics
+        applied, at_fault, result = update.applied, update.at_fault, update.metrics
         if not self.config.algorithm.discriminator_steps_frozen:
             self.discriminator.finish_training_step()
             discriminator_step = self.discriminator.optimizer_step(step)
-            applied = applied and discriminator_step.applied
+            applied, at_fault = applied and discriminator_step.applied, at_fault or discriminator_step.at_fault
             result["discriminator/grad_norm"] = discriminator_step.grad_norm
-        self.loop.guard(applied, "a gradient", ids)
+        self.loop.guard(applied, "a gradient", ids, at_fault=at_fault)
         sums = {**rollouts.metrics(), "advantage_magnitude": mean_of(advantages.abs())}
         sums |= {**rollouts.staleness(step), **self.sampler.metrics()}
         return {**result, **reduce_metrics(sums, self.runtime)}
 
-    def scores_are_finite(self, scores: Scores) -> bool:
-        """On every rank, the teachers' too: without the discriminator's step the policy takes none either."""
-        finite = scores.student_scores[scores.compared].isfinite().all() & scores.teacher_scores.isfinite().all()
-        return self.runtime.max_over_all(int(not bool(finite))) == 0
+    def own_scores_are_finite(self, scores: Scores) -> bool:
+        """This rank's, the teachers' too."""
+        return bool(scores.student_scores[scores.compared].isfinite().all() & scores.teacher_scores.isfinite().all())
 
     def sample_columns(self, scores: Scores) -> dict[str, list[Any]]:
         """The scores of every rollout by segment, for samples.jsonl; null where there is none."""

@@ -36,7 +36,7 @@ from prism_nemo.engine.writing import SaveError, SaveHangs
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import Experiment
 from prism_nemo.progress import StepProgress
-from prism_nemo.stages.bad_samples import settle_bad_records
+from prism_nemo.stages.bad_samples import record_step_without_update, settle_bad_records
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals
 
 TrainingConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
@@ -222,20 +222,20 @@ class StageLoop:
         key = f"time/{name}_seconds"
         self._times[key] = self._times.get(key, 0.0) + time.perf_counter() - began
 
-    def guard(self, applied: bool, what: str, sample_ids: Sequence[str]) -> None:
+    def guard(self, applied: bool, what: str, sample_ids: Sequence[str], *, at_fault: bool) -> None:
         """Counts consecutive steps without an update because a loss, score or gradient was not finite.
 
-        After `trainer.max_bad_steps` of them the run stops; the samples of every such step are written down.
+        After `trainer.max_bad_steps` of them the run stops; the samples of every such step are written down, and which ranks were
+        `at_fault`: had what was not finite before ranks were summed. `sample_ids` are this rank's.
         """
         if applied:
             self._bad_steps = 0
             return
         self._bad_steps += 1
-        gathered = [identifier for ids in self.runtime.gather_objects(list(sample_ids)) for identifier in ids]
-        self.experiment.record_bad_samples([{"reason": f"{what} is not finite", "samples": gathered}])
+        ranks = record_step_without_update(self.done + 1, what, sample_ids, at_fault, self.runtime, self.experiment)
         if self._bad_steps >= self.config.trainer.max_bad_steps:
             raise PrismError(
-                f"{what} was not finite in {self._bad_steps} steps in a row",
+                f"{what} was not finite in {self._bad_steps} steps in a row, the last time {ranks}",
                 where=str(self.directory / "bad_samples.jsonl"),
                 remedy="look at those samples; lower the learning rate, or use precision fp32",
             )

@@ -18,10 +18,14 @@ from prism_nemo.stages.policy_batch import log_probs_of_rollouts, policy_batch, 
 
 @dataclass(frozen=True)
 class Updated:
-    """Whether every optimizer step was applied (each gradient was finite), and the means of the steps' metrics."""
+    """Whether every optimizer step was applied (each gradient was finite), and the means of the steps' metrics.
+
+    at_fault   whether this rank's own part of a gradient was not finite
+    """
 
     applied: bool
     metrics: dict[str, float]
+    at_fault: bool = False
 
 
 class PolicyUpdate:
@@ -78,7 +82,7 @@ class PolicyUpdate:
             self.policy.finish_training_step()
             update = self.policy.optimizer_step(step)
             metrics = {"loss": loss, **metrics, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
-            results.append(Updated(update.applied, metrics))
+            results.append(Updated(update.applied, metrics, update.at_fault))
         return mean_of_updates(results)
 
     def part(
@@ -108,4 +112,5 @@ def mean_of_updates(updates: Sequence[Updated]) -> Updated:
     total: MetricSums = {}
     for update in updates:
         total = merge(total, {name: (value, 1.0) for name, value in update.metrics.items()})
-    return Updated(all(update.applied for update in updates), finalize(total))
+    at_fault = any(update.at_fault for update in updates)
+    return Updated(all(update.applied for update in updates), finalize(total), at_fault)

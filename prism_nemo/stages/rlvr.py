@@ -75,7 +75,8 @@ class RLVRTrainer:
             with self.loop.timed("policy"):
                 update = self.policy_update.run(step, rollouts, advantages, sampled.positions)
 
-            self.loop.guard(update.applied, "the gradient", [record.id for record in rollouts.records])
+            ids = [record.id for record in rollouts.records]
+            self.loop.guard(update.applied, "the gradient", ids, at_fault=update.at_fault)
             sums: MetricSums = {"reward": mean_of(scores), "advantage_magnitude": mean_of(advantages.abs()), **sampled.metrics}
             sums |= {**rollouts.staleness(step), **self.sampler.metrics()}
             self.loop.end_step(

@@ -58,7 +58,7 @@ class SFTTrainer:
             self.policy.finish_training_step()
             update = self.policy.optimizer_step(step)
 
-            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in samples])
+            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in samples], at_fault=update.at_fault)
             self.loop.end_step({"loss": loss, **metrics, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate})
         self.policy.finish_training()
 

@@ -63,7 +63,7 @@ class WarmupTrainer:
             self.discriminator.finish_training_step()
             update = self.discriminator.optimizer_step(step)
 
-            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in samples])
+            self.loop.guard(update.applied, "the gradient", [record.id for record, _ in samples], at_fault=update.at_fault)
             self.loop.end_step(
                 {
                     "loss": loss,
