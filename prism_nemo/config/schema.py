@@ -171,7 +171,7 @@ class TrainerConfig:
     save_interval: int = 0  # steps; 0: only at the end
     keep_last_k: int = 2  # checkpoints that stay
     async_save: bool = True  # train on while a checkpoint is written, from a copy in the host's memory
-    max_save_minutes: float = 60.0  # a save that takes longer (its file system hangs) ends the run
+    max_save_minutes: float = 30.0  # a save that takes longer (its file system hangs) ends the run
     max_failed_saves: int = 3  # saves in a row that may fail (a full disk) before the run stops; the last of all may not
     max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient before the run stops
     log_samples: int = 4  # rollouts written to samples.jsonl each step

@@ -22,6 +22,7 @@ from prism_nemo.convert.manifest import hash_files, seal
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.wholeness import STEP_MANIFEST, TRAINER
 from prism_nemo.engine.writing import ModelFiles, SaveError, SaveHangs, Written
+from prism_nemo.waiting import waiting
 
 _LOOK_SECONDS = 0.5  # between two looks at whether a save is through
 _LONGEST = datetime.timedelta(days=1)  # that one rank's thread waits for another's; a rank that is lost ends the run sooner
@@ -96,7 +97,8 @@ class Saving:
 
     def wait(self, seconds: float) -> bool:
         """Gives it so much time; whether it has ended. Not a collective."""
-        self._thread.join(seconds)
+        with waiting("a checkpoint's files"):
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _look(self, seconds: float, longest_seconds: float) -> _Outcome | None:
