@@ -2,8 +2,9 @@
 
     config.yaml         the resolved configuration; config.1.yaml, …: what earlier sessions of the run had, where it differed
     environment.json    versions, host, command, commit; environment.1.json, … likewise
-    status.json         state (running | finished | failed | interrupted), stage, step, started, updated, seconds, sessions;
-                        notices: what a person should know of the run, the last ones
+    status.json         state (running | finished | failed | interrupted), stage, step, started, updated, seconds, sessions,
+                        process; notices: what a person should know of the run, the last ones. A process that was killed
+                        leaves "running" behind: `state_of` tells
     metrics.jsonl       one line per logged step
     samples.jsonl       what was generated, with its scores
     bad_samples.jsonl   records that could not be used
@@ -27,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prism_nemo.errors import PrismError
+from prism_nemo.json_files import read_json_object
 from prism_nemo.progress import StepProgress
 from prism_nemo.run_directory import (
     NON_FINITE,
-    RunLock,
     append_json_lines,
     check_same_run,
     describe_environment,
@@ -40,6 +41,7 @@ from prism_nemo.run_directory import (
     to_json_line,
     write_atomically,
 )
+from prism_nemo.run_lock import RunLock, holder_here, is_being_written
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -153,6 +155,8 @@ class Experiment:
         self._notices = earlier.get("notices", [])
         for name in (METRICS, SAMPLES, BAD_SAMPLES):
             keep_json_lines(self.directory / name, lambda _: True)  # a killed process may have left half a line
+        if earlier["state"] == "running":  # this process has the lock: that one is no more
+            self.notice(f"the session before died ({earlier.get('process', 'unknown')}), last heard of {earlier['updated']}")
 
     def _write_keeping_earlier(self, name: str, text: str) -> None:
         path = self.directory / name
@@ -309,6 +313,7 @@ class Experiment:
             "updated": _now(),
             "seconds": round(self.seconds, 3),
             "sessions": self._sessions,
+            "process": holder_here(),
         }
         if self._error is not None:
             status["error"] = self._error
@@ -337,6 +342,18 @@ class Experiment:
         except OSError as error:  # its thread's, from an earlier event; it writes no more
             self._use_tensorboard, self._tensorboard = False, None
             self.notice(f"TensorBoard's events cannot be written any more in this session: {error}")
+
+
+def state_of(directory: Path) -> str:
+    """The state in the run's status.json; where that says "running" and no process writes any more, "died at step N, …".
+
+    Raises PrismError when there is no status, or one that cannot be read.
+    """
+    status = read_json_object(directory / STATUS)
+    state = str(status.get("state"))
+    if state != "running" or is_being_written(directory):
+        return state
+    return f"died at step {status.get('step')}, last heard of {status.get('updated')} from {status.get('process', 'unknown')}"
 
 
 def read_metrics(directory: Path, *, times: bool = True) -> list[dict[str, Any]]:

@@ -1,9 +1,7 @@
-"""What `experiment.py` stands on: atomic files, JSON lines, the lock of a run directory, and whether two runs are the same."""
+"""What `experiment.py` stands on: atomic files, JSON lines, and whether two runs are the same."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -95,7 +93,6 @@ PACKAGES = (
 )
 LAUNCH_VARIABLES = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 COMMIT_VARIABLE = "PRISM_NEMO_COMMIT"  # from the job scripts: in a container git may be missing, or not trust the checkout
-LOCK = ".lock"  # in a run's directory
 LATEST = "latest"  # in a run's `checkpoints`: the name of the newest complete one
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -193,41 +190,6 @@ def cut_torn_line(path: Path) -> None:
     with path.open("rb+") as file:
         end = sum(len(line) for line in file if line.endswith(b"\n"))
         file.truncate(end)
-
-
-# The lock
-
-
-class RunLock:
-    """Keeps a second process out of a run directory while this one lives.
-
-    The kernel holds it and lets go when the process ends, however it ends, so a lock cannot be stale; on network file systems
-    it reaches other nodes. The file's text, pid and host, only serves the message. Raises PrismError when another has it.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._file = (directory / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise PrismError(
-                f"another process is writing this run: {holder}",
-                where=str(directory),
-                remedy="wait for it, stop it, or set another experiment.dir",
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            print(f"{directory} is on a file system without locks: nothing keeps a second run out of it", file=sys.stderr)
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
 
 
 # Is it the same run?

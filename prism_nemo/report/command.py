@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prism_nemo.errors import PrismError
+from prism_nemo.experiment import STATUS, state_of
 from prism_nemo.json_files import read_json_object
 from prism_nemo.report import evaluation, table
 from prism_nemo.report.curves import draw_curves
@@ -25,6 +26,8 @@ def run(run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise PrismError("no such run directory", where=str(run_dir))
     console = Console()
+    if (run_dir / STATUS).is_file() and (state := state_of(run_dir)) != "finished":
+        console.print(f"the run is not finished: {state}", soft_wrap=True, highlight=False, markup=False)
     found = next((name for name in (SUMMARY, EVALUATION) if (run_dir / name).is_file()), None)
     if found is not None:
         content = read_json_object(run_dir / found)

@@ -31,7 +31,8 @@ from prism_nemo.config.validate import validate
 from prism_nemo.engine.runtime import Runtime, session
 from prism_nemo.errors import ConfigError, PrismError
 from prism_nemo.experiment import read_metrics
-from prism_nemo.run_directory import LOCK, RunLock, check_same_run, next_free, write_atomically
+from prism_nemo.run_directory import check_same_run, next_free, write_atomically
+from prism_nemo.run_lock import LOCK, RunLock
 from prism_nemo.stages.evaluate import RESULT as EVALUATION
 from prism_nemo.stages.pairs import RESULT as PAIRS
 from prism_nemo.stages.signals import EXIT_INTERRUPTED, StopSignals

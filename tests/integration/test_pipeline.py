@@ -18,7 +18,7 @@ from prism_nemo.cli import main
 from prism_nemo.config.compose import load_config
 from prism_nemo.config.schema import PipelineConfig
 from prism_nemo.errors import ConfigError
-from prism_nemo.run_directory import RunLock
+from prism_nemo.run_lock import RunLock
 from prism_nemo.stages.loop import StageLoop
 from prism_nemo.stages.pipeline import _prepare
 

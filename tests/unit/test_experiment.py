@@ -235,6 +235,8 @@ def test_a_second_live_process_is_kept_out_and_a_dead_one_is_not_in_the_way(tmp_
     with experiment(tmp_path):
         pass
     assert status(tmp_path) | {"state": "finished", "sessions": 2} == status(tmp_path)
+    (notice,) = status(tmp_path)["notices"]
+    assert f"the session before died (pid {other.pid} on " in notice
 
 
 @pytest.mark.parametrize(
