@@ -142,3 +142,32 @@ def test_an_error_of_ones_own_is_told_and_stays_what_it_is(store: dist.Store) ->
     assert reason.endswith("has failed: ValueError: of its own")
     other.stop()
     assert not isinstance(other.explain(SystemExit(75)), RankLost)
+
+
+def stuck_after(watch: Watch, *signs: Sign) -> str | None:
+    watch.stuck_seconds = 40.0
+    watch._signs = list(signs)
+    return watch._stuck()
+
+
+def test_who_does_nothing_while_all_others_wait_is_named(watch: Watch) -> None:
+    waits, stuck = Sign("host", waiting=12.0), Sign("host1", doing="step 7", where="read, loader.py:3", idle=41.0, waiting=41.0)
+    found = stuck_after(watch, waits, stuck, waits)
+    assert found is not None
+    assert found.startswith("rank 1 on host1, which was at: step 7 (in read, loader.py:3), has done nothing for 41 s: ")
+    both = stuck_after(watch, stuck, stuck, waits)
+    assert both is not None
+    assert both.startswith("rank 0 on host1")
+    assert "; rank 1 on host1" in both
+
+
+def test_nobody_is_stuck_while_anybody_works_or_has_only_begun_to_wait(watch: Watch) -> None:
+    waits, stuck = Sign("host", waiting=1e6), Sign("host", idle=41.0, waiting=41.0)
+    assert stuck_after(watch, waits, stuck, Sign("host", waiting=0.0)) is None, "it may be what the idle one waits for"
+    assert stuck_after(watch, waits, stuck, Sign("host", waiting=9.0)) is None
+    assert stuck_after(watch, waits, Sign("host", idle=39.0, waiting=39.0), waits) is None
+    assert stuck_after(watch, waits, waits, waits) is None, "in collectives: their own limit ends that"
+    assert stuck_after(watch, waits, Sign("host", idle=1e6, waiting=1e6, state=State.done), waits) is None
+    watch.stuck_seconds = None
+    watch._signs = [stuck, stuck, stuck]
+    assert watch._stuck() is None
