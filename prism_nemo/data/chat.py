@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.images import load_image
-from prism_nemo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, VideoSource
+from prism_nemo.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, ImageSource, Record, VideoSource
 from prism_nemo.data.video import CONFIG_FILE, VideoProcessor
 from prism_nemo.data.video_frames import open_video
 from prism_nemo.data.visuals import (
@@ -37,7 +37,6 @@ from prism_nemo.packing.groups import EncodedPrompt, text_prompt
 from prism_nemo.packing.positions import mrope_positions
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -206,11 +205,25 @@ class ChatEncoder:
         )
 
     def _blocks(self, record: Record, kinds: Sequence[str]) -> list[VisualBlock]:
-        """The record's images and videos in the order of their placeholders."""
-        root = record.image_root or self.image_root
-        images = iter(self._image_blocks([load_image(source, root) for source in record.images]))
-        videos = iter(record.videos)
-        return [next(images) if kind == "image" else self._video_block(next(videos), root) for kind in kinds]
+        """The record's images and videos in the order of their placeholders.
+
+        One is made after the other, and none behind the limit of a prompt: records may name many, of few bytes and many pixels.
+        """
+        root, limit = record.image_root or self.image_root, self.data.max_prompt_length
+        images, videos = iter(record.images), iter(record.videos)
+        blocks: list[VisualBlock] = []
+        tokens = 0
+        for kind in kinds:
+            block = self._image_block(next(images), root) if kind == "image" else self._video_block(next(videos), root)
+            tokens += int(block.grid.prod(dim=-1).sum()) // self.spatial_merge_size**2
+            if tokens > limit:
+                raise DataError(
+                    f"the first {len(blocks) + 1} of {len(kinds)} images and videos have {tokens} visual tokens, "
+                    f"the limit of a prompt is {limit}",
+                    remedy="raise data.max_prompt_length, or lower data.image_max_pixels or data.video_max_pixels",
+                )
+            blocks.append(block)
+        return blocks
 
     def _video_block(self, source: VideoSource, root: Path | None) -> VisualBlock:
         if self._video_processor is None:
@@ -232,21 +245,15 @@ class ChatEncoder:
                 remedy="copy it from the Qwen3-VL model",
             ) from error
 
-    def _image_blocks(self, images: list[Image]) -> list[VisualBlock]:
-        for image in images:
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                raise DataError(
-                    f"the image is {image.width} x {image.height} pixels, more than {MAX_ASPECT_RATIO} times as long as wide"
-                )
-        if not images:
-            return []
-        features = self.image_processor(images=images, size=self._image_size, return_tensors="pt")
-        grids = features["image_grid_thw"].to(torch.int64)
-        patches = features["pixel_values"].to(torch.float32).split(grids.prod(dim=-1).tolist())
-        return [
-            image_block(pixels, grid.unsqueeze(0), merge_size=self.spatial_merge_size)
-            for pixels, grid in zip(patches, grids, strict=True)
-        ]
+    def _image_block(self, source: ImageSource, root: Path | None) -> VisualBlock:
+        image = load_image(source, root)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise DataError(
+                f"the image is {image.width} x {image.height} pixels, more than {MAX_ASPECT_RATIO} times as long as wide"
+            )
+        features = self.image_processor(images=[image], size=self._image_size, return_tensors="pt")
+        grid = features["image_grid_thw"].to(torch.int64)
+        return image_block(features["pixel_values"].to(torch.float32), grid, merge_size=self.spatial_merge_size)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from prism_nemo.errors import DataError
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound, which by itself is only a warning
 MAX_IMAGE_BYTES = 64 * 2**20
+_STRIP_PIXELS = 1 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, some of which start other programs
 
 
@@ -40,7 +42,8 @@ def load_image(source: ImageSource, root: Path | None) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _refuse_bomb(image.width * image.height, where)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), where)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, where)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -109,14 +112,40 @@ def _refuse_bomb(pixels: int, where: str) -> None:
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode == "F":
         raise DataError("the image has floating-point pixels", where=where, remedy="convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips where it should scale
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise DataError("the image has 32-bit pixels", where=where, remedy="convert it to 8 or 16 bits")
-        image = Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
-    if image.has_transparency_data:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    if image.mode.startswith("I") and not _has_16_bits(image):
+        raise DataError("the image has 32-bit pixels", where=where, remedy="convert it to 8 or 16 bits")
+    convert = _from_16_bits if image.mode.startswith("I") else _on_white if image.has_transparency_data else _plain
+    result = Image.new("RGB", image.size)
+    for strip in _strips(image):
+        result.paste(convert(image.crop(strip)), strip)
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """The image in parts: what conversions take on their way would be several times a large image."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    return ((0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows))
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    parts = (np.asarray(image.crop(strip)) for strip in _strips(image))
+    return all(part.min() >= 0 and part.max() <= 0xFFFF for part in parts)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion clips where it should scale."""
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
     return image.convert("RGB")

@@ -8,7 +8,6 @@ that are no plain files, or whose names lead out of the shard, make their item u
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,12 +17,11 @@ import numpy as np
 from prism_nemo.data.images import MAX_IMAGE_BYTES, too_many_bytes
 from prism_nemo.data.index import Digest, open_index, scan_in_memory
 from prism_nemo.data.items import MAX_ITEM_BYTES, SpannedFile, parse_json
+from prism_nemo.data.tar_members import BLOCK, DamagedTar, Member, members
 from prism_nemo.errors import DataError
 
 MAX_SAMPLE_BYTES = 512 * 2**20  # of all members of one key
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, OverflowError)
-_BLOCK = tarfile.BLOCKSIZE
 
 
 class TarItems(SpannedFile):
@@ -39,11 +37,10 @@ class TarItems(SpannedFile):
         if len(raw) < end - start:
             raise DataError("the shard ends within this sample", where=f"{self.path}, byte {start}", remedy="copy it again")
         try:
-            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-                members = {member.name: _content(tar, member) for member in tar}
-        except _TAR_ERRORS as error:
-            raise DataError(f"the shard is damaged here: {error}", where=f"{self.path}, byte {start}") from error
-        return _item(members)
+            found = {member.name: _content(raw, member) for member in members(io.BytesIO(raw)) if not member.folder}
+        except DamagedTar as error:
+            raise DataError(error.what, where=f"{self.path}, byte {start + error.offset}", remedy=error.remedy) from error
+        return _item(found)
 
 
 def _scan(path: Path, digest: Digest) -> Iterator[np.ndarray]:
@@ -51,47 +48,39 @@ def _scan(path: Path, digest: Digest) -> Iterator[np.ndarray]:
     size = path.stat().st_size
     samples: list[tuple[int, int, int]] = []
     key: str | None = None
-    number = 0
+    number = ended = 0
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in _members(tar):
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
+        with path.open("rb") as file:
+            for member in members(file):
+                ended = min(member.end, size + 1)
                 digest.update(f"{member.name}\0{member.size}\0{member.mtime}\n".encode("utf-8", "surrogateescape"))
-                if member.isdir():
+                if member.folder:
                     continue
                 own = _split(member.name)[0]
                 if own == key:
-                    samples[-1] = (samples[-1][0], end, number)
+                    samples[-1] = (samples[-1][0], ended, number)
                 else:
                     key, number = own, number + 1
-                    samples.append((member.offset, end, number))
+                    samples.append((member.start, ended, number))
                 if len(samples) > 10_000:
                     yield np.array(samples[:-1], dtype=np.int64)
                     samples = samples[-1:]
-            damaged = tar.offset
-    except tarfile.ReadError as error:
-        if not number:
-            raise DataError(f"the file is not a tar archive: {error}", where=str(path)) from error
-        damaged = samples[-1][1]
-    if damaged >= size and samples:  # without its closing block, the last sample may miss members: reading it tells
+    except DamagedTar as error:
+        if not ended:
+            raise DataError(f"the file is not a tar archive: {error.what.rpartition(': ')[2]}", where=str(path)) from error
+        ended = error.offset
+    if ended >= size and samples:  # without its closing block, the last sample may miss members: reading it tells
         samples[-1] = (samples[-1][0], max(samples[-1][1], size + 1), number)
-    elif not _is_end(path, damaged):
-        samples.append((damaged, size, number + 1))  # reading it tells that it is damaged
+    elif not _is_end(path, ended):
+        samples.append((ended, size, number + 1))  # reading it tells that it is damaged
     yield np.array(samples, dtype=np.int64).reshape(-1, 3)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All members; tarfile itself would keep every one that it has seen."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # a public attribute that its stubs leave out
-        yield member
 
 
 def _is_end(path: Path, offset: int) -> bool:
     """Whether the archive's closing block of zeros is there."""
     with path.open("rb") as file:
         file.seek(offset)
-        return not file.read(_BLOCK).strip(b"\0")
+        return not file.read(BLOCK).strip(b"\0")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -101,21 +90,17 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(shard: bytes, member: Member) -> bytes:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise DataError(f"the member's name {member.name[:80]!r} leads out of the shard")
-    if member.isdir():
-        return b""
-    if not member.isreg() or member.sparse is not None:
+    if not member.plain:
         raise DataError(f"the member {member.name[:80]!r} is not a plain file", remedy="links and devices are not followed")
     suffix = _split(member.name)[1].lower()
     limit = MAX_IMAGE_BYTES if _image_number(suffix) is not None else MAX_ITEM_BYTES
     if member.size > limit:
         raise too_many_bytes(member.size, member.name, limit=limit)
-    file = tar.extractfile(member)
-    assert file is not None, "a plain file has a content"
-    return file.read()
+    return shard[member.content : member.content + member.size]
 
 
 def _image_number(suffix: str) -> tuple[int, str] | None:
@@ -127,10 +112,10 @@ def _image_number(suffix: str) -> tuple[int, str] | None:
     return (int(digits[:9]) if digits else -1, suffix)
 
 
-def _item(members: Mapping[str, bytes]) -> tuple[object, str | None]:
+def _item(found: Mapping[str, bytes]) -> tuple[object, str | None]:
     """The record's item, with the images' bytes in it, and the sample's key."""
-    parts = {_split(name)[1].lower(): content for name, content in members.items() if not name.endswith("/")}
-    key = next((_split(name)[0] for name in members), None)
+    parts = {_split(name)[1].lower(): content for name, content in found.items()}
+    key = next((_split(name)[0] for name in found), None)
     if "json" in parts:
         item = parse_json(parts["json"])
     elif "txt" in parts:

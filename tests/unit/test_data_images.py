@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -189,3 +191,29 @@ def test_size_limits_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for source in (ImageSource(data=data), ImageSource(path=Path("a.png"))):
         with pytest.raises(DataError, match=f"{len(data)} bytes, the limit is {len(data) - 1}"):
             load_image(source, tmp_path)
+
+
+LARGE = """
+import re, sys
+from pathlib import Path
+from prism_nemo.data.images import load_image
+from prism_nemo.data.records import ImageSource
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+load_image(ImageSource(data=Path(sys.argv[1]).read_bytes()), None)  # what decoders take once
+before = peak()
+assert load_image(ImageSource(data=Path(sys.argv[2]).read_bytes()), None).size == (4000, 4000)
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_conversions_take_little_beside_the_image(mode: str, tmp_path: Path) -> None:
+    """16 million pixels are 64 MB as Pillow holds them, before and after; in one piece conversions took five times that."""
+    for name, side in (("small", 8), ("large", 4000)):
+        (tmp_path / name).write_bytes(encode(Image.new(mode, (side, side)), compress_level=1))
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "small"), str(tmp_path / "large")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(told.stdout) < 180

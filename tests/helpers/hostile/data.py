@@ -16,9 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from helpers.hostile import case, command, refusal, validated
+from helpers.stages import tiny_task
 from PIL import Image
 
-from prism_nemo.data.records import VideoSource
+from prism_nemo.config.schema import DataConfig
+from prism_nemo.data.chat import ChatEncoder
+from prism_nemo.data.records import ImageSource, Record, VideoSource
 from prism_nemo.data.video_frames import open_video
 
 DOOR = "data"
@@ -130,6 +133,15 @@ for _given, _image in IMAGES.items():
     case(DOOR, _given)(of_image(_image))
 
 
+@case(DOOR, "a record that names an image 100,000 times")
+def _(folder: Path) -> str:
+    (folder / "a.png").write_bytes(picture())
+    prompt, images = "<image>" * 100_000, (ImageSource(path=Path("a.png")),) * 100_000
+    data = DataConfig(max_prompt_length=64, system_prompt="<caption> <think> <answer>")
+    encoder = ChatEncoder.from_directory(tiny_task().model, data, image_root=folder)
+    return refusal(lambda: encoder.encode_prompt(Record(id="1", prompt=prompt, images=images)))
+
+
 @case(DOOR, "a playlist named .mp4, which names another file")
 def _(folder: Path) -> str:
     (folder / "a.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
@@ -210,6 +222,37 @@ def of_shard(members: list[tuple[tarfile.TarInfo, bytes]]) -> Callable[[Path], s
 
 for _given, _members in SHARDS.items():
     case(DOOR, _given)(of_shard(_members))
+
+
+def header(kind: bytes, size: bytes) -> bytes:
+    """A member's, with a checksum that is right."""
+    block = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+BACKWARDS = b"\xff" + (256**11 - 512).to_bytes(11)  # -512
+DIGITS = 200_000
+HEADERS: dict[str, bytes] = {
+    "a shard with a member of -512 bytes, behind which it would begin anew": header(b"0", BACKWARDS),
+    "a shard with 3000 headers before a member": (header(b"L", b"%011o\0" % 2) + b"a".ljust(512, b"\0")) * 3000,
+    "a shard with a pax record over which expressions run for minutes": header(b"x", b"%011o\0" % DIGITS)
+    + (b"1" * (DIGITS - 1) + b" ").ljust(-(-DIGITS // 512) * 512, b"\0"),
+}
+
+
+def of_headers(content: bytes) -> Callable[[Path], str]:
+    def attempt(folder: Path) -> str:
+        first = shard(folder, (tarfile.TarInfo("0.json"), b'{"prompt": "What?"}')).read_bytes()[:1024]
+        (folder / "d.tar").write_bytes(first + content + bytes(1024))
+        return validated(folder, folder / "d.tar")
+
+    return attempt
+
+
+for _given, _content in HEADERS.items():
+    case(DOOR, _given)(of_headers(_content))
 
 
 @case(DOOR, "a parquet file of 43 kB in which one image stands in 20,000 rows: 18 GB")
