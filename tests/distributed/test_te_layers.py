@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forks import TESTS
 from helpers.layouts import OPTIMIZER, RECOMPUTE, build, directories, loss_of, rows_of
-from helpers.ranks import TESTS, run_ranks
+from helpers.ranks import run_ranks
 from helpers.rows import gradients, relative_errors
 from helpers.saving import save_model
 from helpers.tiny import make_prompt
@@ -162,7 +163,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(TESTS / "helpers" / "fake_te"))
-        ranks = run_ranks(on_two_ranks, 2, directories(), folder)
+        ranks = run_ranks(on_two_ranks, 2, directories(), folder, fresh=True)
     for number, name in enumerate(CASES):
         ranks[0][name]["checkpoints"] = [TorchDistCheckpoint(folder / f"{number}-{kind}") for kind in ("te", "local")]
     return {name: [rank[name] for rank in ranks] for name in CASES}

@@ -52,7 +52,7 @@ def test_two_ranks_sample_what_one_samples() -> None:
     engine.update_weights((), 0)
     seeds = range(2 * len(place.prompts))
     expected = engine.generate(place.prompts, sampling(), num_rollouts_per_prompt=2, seeds=seeds)
-    for found in run_ranks(on_vllm, 2, timeout_seconds=300.0):
+    for found in run_ranks(on_vllm, 2, timeout_seconds=300.0, fresh=True):
         assert [tokens for tokens, _ in found] == [rollout.tokens.tolist() for rollout in expected]
         for (_, log_probs), rollout in zip(found, expected, strict=True):
             assert log_probs == pytest.approx(rollout.log_probs.tolist(), abs=2e-5)

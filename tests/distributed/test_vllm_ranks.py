@@ -123,7 +123,7 @@ def with_a_rank_that_fails() -> None:
 def test_a_rank_that_fails_within_vllm_ends_those_that_wait_for_it_there() -> None:
     """They cannot be told, and the limit of collectives is not theirs: the watch over ranks ends them."""
     with pytest.raises(RankError, match=r"EngineBroken: vLLM failed on this rank: MemoryError: no room in vLLM") as raised:
-        run_ranks(with_a_rank_that_fails, 2, timeout_seconds=400.0)
+        run_ranks(with_a_rank_that_fails, 2, timeout_seconds=400.0, fresh=True)
     assert "not finished after" not in str(raised.value)
 
 
@@ -136,7 +136,8 @@ def test_two_ranks_sample_what_one_samples(case: str) -> None:
     seeds = range(ROLLOUTS * len(place.prompts))
     expected = outcome(engine.generate(place.prompts, sampling(), num_rollouts_per_prompt=ROLLOUTS, seeds=seeds))
     tensor_parallel, engine_parallel = CASES[case]
-    found, trouble = zip(*run_ranks(on_vllm, 2, tensor_parallel, engine_parallel, timeout_seconds=200.0), strict=True)
+    ranks = run_ranks(on_vllm, 2, tensor_parallel, engine_parallel, timeout_seconds=200.0, fresh=True)
+    found, trouble = zip(*ranks, strict=True)
     if tensor_parallel > 1:
         check_trouble(*trouble, expected)
     for rank in range(2):

@@ -7,16 +7,15 @@
 
     assert run_ranks(work, 2, 10.0) == [0.0, 10.0]
 
-A launch costs several seconds (every rank imports torch and Megatron anew), so let one launch do many checks. The function's file
-is loaded anew in every rank, outside pytest. Arguments and results are pickled: tensors, numbers, paths and containers of these.
-When a rank fails or the time is up, every rank is stopped, and the error shows what each was doing.
+A launch costs seconds, so let one launch do many checks. The function's file is loaded anew in every rank, outside pytest.
+Arguments and results are pickled: tensors, numbers, paths and containers of these. When a rank fails or the time is up, every
+rank is stopped, and the error shows what each was doing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import importlib.util
 import os
 import pickle
@@ -31,19 +30,32 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-TESTS = Path(__file__).resolve().parents[1]
+from helpers.forks import environment_of_rank, forks
+
 _LAST_WORDS_SECONDS = 2.0
 _SHOWN_CHARACTERS = 6000  # of the end of each rank's output
+
+
+class Rank(Protocol):
+    """What can be done with a process, as `subprocess.Popen` does it."""
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int, /) -> None: ...
 
 
 class RankError(AssertionError):
     """A rank failed, or did not finish in time; the message holds the end of every rank's output."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300.0, fresh: bool = False
+) -> list[Any]:
     """`function(*arguments)` on every rank; what each returned, in rank order. The ranks see torchrun's environment variables.
+
+    They are forked from a process that has torch and Megatron imported; `fresh` starts each anew, for what must come before.
 
     Raises RankError. A function that hangs in a collective because another rank failed is stopped as soon as that one is gone.
     """
@@ -52,7 +64,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         job = {"file": function.__code__.co_filename, "function": function.__qualname__, "arguments": arguments}
         (work / "job.pickle").write_bytes(pickle.dumps(job))
         port = free_port()
-        ranks = [_start(work, rank, world_size, port) for rank in range(world_size)]
+        start = _start if fresh else _fork
+        ranks = [start(work, rank, environment_of_rank(rank, world_size, port)) for rank in range(world_size)]
         try:
             problem = _wait(ranks, timeout_seconds)
         finally:
@@ -73,26 +86,32 @@ def free_port() -> int:
             return port
 
 
-def _start(work: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # gloo, and Megatron as it runs without CUDA, wherever the tests run
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONWARNINGS": "ignore",  # Megatron's deprecations would push the traceback out of sight
-    }
+def _start(work: Path, rank: int, environment: dict[str, str]) -> Rank:
     with (work / f"output{rank}.txt").open("wb") as output:
         command = [sys.executable, "-u", str(Path(__file__).resolve()), str(work)]
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout_seconds: float) -> str | None:
+def _fork(work: Path, rank: int, environment: dict[str, str]) -> Rank:
+    return _Forked(forks().start("helpers.ranks:be_a_rank", [str(work)], environment, work / f"output{rank}.txt"))
+
+
+class _Forked:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            self._status = forks().status(self.pid)
+        return self._status
+
+    def send_signal(self, number: int, /) -> None:
+        if self._status is None:  # until it is asked for, its number is nobody else's
+            os.kill(self.pid, number)
+
+
+def _wait(ranks: list[Rank], timeout_seconds: float) -> str | None:
     """None when all ended well, otherwise what went wrong."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -107,7 +126,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], timeout_seconds: float) -> str |
         time.sleep(0.05)
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _stop(ranks: list[Rank]) -> None:
     """Waits for the ranks that another's failure ends too; the rest must show their stacks and go."""
     _wait_for_end(ranks)
     for end in (signal.SIGABRT, signal.SIGKILL):  # faulthandler answers the first from within any collective
@@ -117,33 +136,32 @@ def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
         _wait_for_end(ranks)
 
 
-def _wait_for_end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _wait_for_end(ranks: list[Rank]) -> None:
     deadline = time.monotonic() + _LAST_WORDS_SECONDS
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(0.05)
 
 
-def _be_a_rank(work: Path) -> None:
+def be_a_rank(folder: str) -> None:
+    """What a rank is for; the folder holds that, and gets what comes of it."""
+    work = Path(folder)
     faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    job = pickle.loads((work / "job.pickle").read_bytes())
-    path = Path(job["file"])
-    spec = importlib.util.spec_from_file_location(f"rank_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    gc.disable()  # imports leave no garbage; going through them, now and at the end, would take a second of every rank
-    spec.loader.exec_module(module)
-    gc.freeze()
-    gc.enable()
-    result = getattr(module, job["function"])(*job["arguments"])
-    (work / f"result{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
     try:
-        _be_a_rank(Path(sys.argv[1]))
+        job = pickle.loads((work / "job.pickle").read_bytes())
+        path = Path(job["file"])
+        spec = importlib.util.spec_from_file_location(f"rank_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        result = getattr(module, job["function"])(*job["arguments"])
+        (work / f"result{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
     except Exception:
         traceback.print_exc()
         os._exit(1)  # without waiting for groups that other ranks are still in
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    be_a_rank(sys.argv[1])
