@@ -14,7 +14,7 @@ EXTRAS ?= report,test,dev
 TESTS ?= tests
 PYTEST_ARGS ?=
 # Processes for the tests: one more than cores, for many of them wait. Each takes about 1.5 GB, and ranks that it starts take theirs.
-WORKERS ?= $(shell n=$$(($$(nproc 2>/dev/null || echo 2) + 1)); echo $$((n < 8 ? n : 8)))
+WORKERS ?= $(shell n=$$(($$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) + 1)); echo $$((n < 8 ? n : 8)))
 
 VENV := .venv
 BIN := $(VENV)/bin
