@@ -83,28 +83,23 @@ def test_preempted_at_random_moments_and_requeued_it_is_the_same_run(jobs: Jobs,
     assert written(run) == unbroken
 
 
-def test_a_node_that_fails_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
-    run = jobs.folder / "run"
-    job = jobs.submit("align", *align(run), flags="--nodes=2")
-    jobs.until(job, lambda: steps_logged(run) >= 3)
-    with jobs.cluster.node_without_power(NODES[1]):
-        # The other rank sees it first; SLURM declares the node down somewhat later, and starts the job again when there are two.
-        jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
-        jobs.until(job, lambda: "down" in jobs.cluster.run("sinfo", "-h", "-N", "-n", NODES[1], "-o", "%T"))
-    assert jobs.end(job) == "COMPLETED", jobs.log(job)
-    assert jobs.restarts(job) >= 1
-    assert written(run) == unbroken
-
-
-def test_a_node_taken_away_costs_no_step(jobs: Jobs, unbroken: Any) -> None:
+def test_nodes_that_are_taken_away_and_that_fail_cost_no_step(jobs: Jobs, unbroken: Any) -> None:
     run = jobs.folder / "run"
     job = jobs.submit("align", *align(run), flags="--nodes=2")
     jobs.until(job, lambda: steps_logged(run) >= 1)
     jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=down", "reason=test")
     jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
     jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=resume", check=False)  # it may have come back by itself
-    assert jobs.end(job) == "COMPLETED", jobs.log(job)
+    jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "RUNNING")
     assert jobs.restarts(job) == 1
+    done = steps_logged(run)
+    jobs.until(job, lambda: steps_logged(run) >= done + 2)
+    with jobs.cluster.node_without_power(NODES[1]):
+        # The other rank sees it first; SLURM declares the node down somewhat later, and starts the job again when there are two.
+        jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
+        jobs.until(job, lambda: "down" in jobs.cluster.run("sinfo", "-h", "-N", "-n", NODES[1], "-o", "%T"))
+    assert jobs.end(job) == "COMPLETED", jobs.log(job)
+    assert jobs.restarts(job) >= 2
     assert written(run) == unbroken
 
 
@@ -117,7 +112,8 @@ def test_rollout_servers_on_a_node_of_the_same_job(jobs: Jobs, tmp_path: Path) -
         return [number for number in jobs.cluster.processes(NODES[1]) if {"-m", "serve"} <= set(_command(number))]
 
     (server,) = servers()
-    jobs.cluster.run("scancel", "--signal=TERM", f"{job}.1")  # as before a preemption, while the run saves with its help
+    step = jobs.cluster.environment_of(server)["SLURM_STEP_ID"]
+    jobs.cluster.run("scancel", "--signal=TERM", f"{job}.{step}")  # as before a preemption, while the run saves with its help
     jobs.until(job, lambda: steps_logged(jobs.folder / "run") >= 3)
     assert servers() == [server]
     os.kill(server, signal.SIGKILL)  # it is started again, and gets the weights again

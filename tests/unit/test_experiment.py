@@ -18,10 +18,11 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import prism_nemo
 from prism_nemo import progress
 from prism_nemo.errors import PrismError
 from prism_nemo.experiment import Experiment, read_metrics
-from prism_nemo.run_directory import config_differences, read_json_lines
+from prism_nemo.run_directory import config_differences, describe_environment, read_json_lines
 
 CONFIG = {
     "optimizer": {"lr": 1e-3},
@@ -92,6 +93,15 @@ def test_a_job_is_told_where_the_run_is_and_tells_the_commit(tmp_path: Path, mon
         pass
     assert (tmp_path / "told").read_text() == f"{tmp_path / 'a'}\n"
     assert json.loads(Path("a/environment.json").read_text())["git_commit"] == "b" * 40
+
+
+def test_an_installed_package_of_an_image_tells_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prism_nemo, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.delenv("PRISM_NEMO_COMMIT", raising=False)
+    for told, commit in ((None, None), ("unknown", None), ("a" * 40, "a" * 40)):
+        if told is not None:
+            (tmp_path / "REVISION").write_text(f"{told}\n")
+        assert describe_environment()["git_commit"] == commit
 
 
 def test_metrics_keep_every_digit_and_what_is_not_finite(tmp_path: Path) -> None:
