@@ -194,11 +194,6 @@ class CheckpointStore:
                 self.under_way = None
         return saving.step if through else None
 
-    def give_time(self, seconds: float) -> None:
-        """What is under way gets so long to come through, before this process ends. Not a collective."""
-        if self.under_way is not None:
-            self.under_way.wait(seconds)
-
     def _remove(self, staging: Path) -> None:
         if self.runtime.is_main:
             shutil.rmtree(staging, ignore_errors=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 from prism_nemo.convert.hf import HFReader, export_rows, export_tensors, import_tensors
 from prism_nemo.convert.ops import Sharding
 from prism_nemo.convert.qwen3_vl import ExpertLayout, ParameterMapping, canonical_name, check_expert_layouts_differ, mappings
-from prism_nemo.engine.model_checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.chunks import Chunks, chunks_of
+from prism_nemo.engine.model_checkpoint import is_model_checkpoint, load_model
 from prism_nemo.engine.runtime import on_wire
 from prism_nemo.errors import CheckpointError
 

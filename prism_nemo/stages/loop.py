@@ -10,6 +10,7 @@ A trainer writes its loop out and calls this; nothing is inherited:
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class StageLoop:
         self._signals.__exit__(kind, error, traceback)
         if error is not None:
             if not isinstance(error, RuntimeError):  # as of a broken collective: a rank is gone, and its part would never come
-                self.checkpoints.give_time(LAST_SAVE_SECONDS)
+                self._wait_for_save()
             error = watch.explain(error)
             kind = type(error)
         self.experiment.__exit__(kind, error, traceback)
@@ -262,6 +263,15 @@ class StageLoop:
         with self._failing(may_fail, done):
             self.checkpoints.begin(done, trainer.models, state, before=self.experiment.flush, copied=not wait)
         self._settle_save(may_fail=may_fail, wait=wait)
+
+    def _wait_for_save(self) -> None:
+        """What is under way as an error ends the run gets a while to come through. Not a collective."""
+        saving = self.checkpoints.under_way
+        if saving is None or saving.wait(0.0):
+            return
+        if self.runtime.is_main:
+            print(f"{self.directory}: an error ends the run as soon as step {saving.step} is saved", file=sys.stderr, flush=True)
+        saving.wait(LAST_SAVE_SECONDS)
 
     def _is_under_way(self, done: int) -> bool:
         return self.checkpoints.under_way is not None and self.checkpoints.under_way.step == done

@@ -319,10 +319,10 @@ def test_it_comes_through_by_itself(store: CheckpointStore, held: threading.Even
     models = {"policy": policy()}
     train(models, 0)
     store.begin(1, models, {})
-    store.give_time(0.1)
+    assert store.under_way is not None and not store.under_way.wait(0.1)
     assert store.latest() is None
     held.set()
-    store.give_time(60)
+    assert store.under_way.wait(60)
     assert store.latest() == store.folder / "step_00000001"
     with pytest.raises(AssertionError, match="one at a time"):
         store.begin(2, models, {})
@@ -334,7 +334,7 @@ def test_one_that_fails_later_is_told_when_asked(store: CheckpointStore, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(ModelFiles, "write", fail)
         store.begin(1, models, {})
-        store.give_time(60)
+        assert store.under_way is not None and store.under_way.wait(60)
         with pytest.raises(SaveError, match=r"could not be written \(rank 0: Interrupted: on purpose\)"):
             store.settle(wait=False)
     assert list(store.folder.iterdir()) == []
