@@ -258,7 +258,14 @@ def _place(layout: Layout, parallel: ParallelConfig, device: torch.device) -> Ru
 def _join(device: torch.device, timeout: datetime.timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise watch.RankLost(
+                f"rank {os.environ['RANK']} has waited {timeout} in vain for all {os.environ.get('WORLD_SIZE')} ranks to meet at "
+                f"{where}: one has died before or was never started ({next(iter(str(error).splitlines()), '')})"
+            ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
