@@ -15,7 +15,11 @@ from prism_nemo.errors import ConfigError
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # with every alias as long as what it stands for
 MAX_DEPTH = 50
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
+_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE|PRIVATE|BEARER|JWT|DSN|WEBHOOK|SIGNATURE|CONNECTION_?STRING",
+    re.IGNORECASE,
+)
+_FOLDERS = ("PWD", "OLDPWD")
 _HOLDS_SECRET = re.compile(
     r"(?:^|[_-])(?:api_?key|apikey|secret|secret_?key|password|passwd|authorization|(?:access|auth|bearer|api)_?token)$",
     re.IGNORECASE,
@@ -71,7 +75,7 @@ def keep_secrets_out() -> None:
 
 
 def _environment(name: str, *default: str | None) -> str | None:
-    if _SECRET.search(name):
+    if name not in _FOLDERS and (_SECRET.search(name) or _URL_WITH_PASSWORD.search(os.environ.get(name, ""))):
         raise ValueError(f"{name} looks like a secret, which would be written into the run's files")
     if name in os.environ:
         return os.environ[name]

@@ -38,8 +38,12 @@ _RECIPE_TYPES = (
     "Float8BlockScaling",
     "Float8CurrentScaling",
     "Format",
+    "MMParams",
+    "MXFP4QATFloat8BlockScaling",
+    "MXFP4QATMXFP8BlockScaling",
     "MXFP8BlockScaling",
     "NVFP4BlockScaling",
+    "QParams",
     "_FormatHelper",
     "_OverrideLinearPrecision",
 )

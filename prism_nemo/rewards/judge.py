@@ -32,7 +32,7 @@ _INSTRUCTIONS = (
 )
 _VERDICTS = {"CORRECT": True, "WRONG": False}
 OUTCOMES = (*_VERDICTS, "over budget", "refused", "unreadable", "too long", "nothing to judge")
-_PLAIN = re.compile(r"[-+]?[0-9][0-9,]*\.?[0-9]*|[A-Za-z]")
+_PLAIN = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]*)?|[A-Za-z]")
 _CONTROL = re.compile(r"<(?=[|/]?[|A-Za-z_])|\[(?=/?INST)", re.IGNORECASE)  # <|im_end|>, </s>, [INST], …
 
 
@@ -76,9 +76,12 @@ class Judge:
 
     def _without_asking(self, case: tuple[str, str, str]) -> str | None:
         _, truth, answer = case
-        if not answer.strip() or (_PLAIN.fullmatch(truth.strip()) and _PLAIN.fullmatch(answer.strip())):
+        if not answer.strip():
             return "nothing to judge"
-        return "too long" if len(answer) > self.config.max_answer_length else None
+        if len(answer) > self.config.max_answer_length:
+            return "too long"
+        plain = _PLAIN.fullmatch(truth.strip()) and _PLAIN.fullmatch(answer.strip())
+        return "nothing to judge" if plain else None
 
     def _ask(self, case: tuple[str, str, str]) -> str:
         """ "CORRECT", "WRONG", or why there is no verdict."""

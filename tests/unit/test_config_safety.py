@@ -59,7 +59,10 @@ def test_bombs_on_the_command_line(value: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("name", ["API_KEY", "aws_secret_access_key", "HF_TOKEN", "DB_PASSWORD", "http_authorization"])
+@pytest.mark.parametrize(
+    "name",
+    ["API_KEY", "aws_secret_access_key", "HF_TOKEN", "DB_PASSWORD", "http_authorization", "PGPASS", "MY_PWD", "SENTRY_DSN"],
+)
 def test_secrets_of_the_environment_stay_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.yaml is written into the run's folder, which people share."""
     monkeypatch.setenv(name, "canary-3141")
@@ -68,10 +71,19 @@ def test_secrets_of_the_environment_stay_there(name: str, monkeypatch: pytest.Mo
     assert "canary" not in str(caught.value)
 
 
+def test_an_address_with_a_password_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:canary-3141@proxy:3128")
+    with pytest.raises(ConfigError, match="looks like a secret") as caught:
+        load_config("sft", [*NEEDED, "data.system_prompt=${oc.env:HTTPS_PROXY}"])
+    assert "canary" not in str(caught.value)
+
+
 def test_other_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH_DIR", "/scratch")
     config = load_config("sft", [*NEEDED[:3], "experiment.dir=${oc.env:SCRATCH_DIR}/${oc.env:NOT_SET_AT_ALL,run}"])
     assert "/scratch/run" in dump_config(config)
+    monkeypatch.setenv("PWD", "/here")
+    assert "/here/run" in dump_config(load_config("sft", [*NEEDED[:3], "experiment.dir=${oc.env:PWD}/run"]))
     with pytest.raises(ConfigError, match="NOT_SET_AT_ALL is not set"):
         load_config("sft", [*NEEDED[:3], "experiment.dir=${oc.env:NOT_SET_AT_ALL}"])
 

@@ -6,6 +6,8 @@ import importlib
 import io
 import os
 import pickle
+import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,67 @@ def test_a_history_of_scales_passes(protocol: int, tmp_path: Path) -> None:
     content = torch.frombuffer(bytearray(pickle.dumps(state, protocol)), dtype=torch.uint8)
     checkpoint = vet_checkpoint(with_object(tmp_path / "ok", saved([content])))
     vet_objects(checkpoint, [KEY, "not there/shard_0_1"])
+
+
+# As Transformer Engine 2's: dataclasses of pydantic's, with enumerations of named tuples and parameters of their own.
+RECIPES = """
+from enum import Enum
+from typing import NamedTuple
+from pydantic.dataclasses import dataclass
+
+class _FormatHelper(NamedTuple):
+    max_fwd: float
+    max_bwd: float
+
+class Format(Enum):
+    E4M3 = _FormatHelper(448, 448)
+    HYBRID = _FormatHelper(448, 57344)
+
+@dataclass(frozen=True)
+class MMParams:
+    use_split_accumulator: bool = True
+    def __post_init__(self):
+        object.__setattr__(self, "_cached_repr", "MMParams")
+
+@dataclass(frozen=True)
+class QParams:
+    amax_epsilon: float = 0.0
+
+class Recipe:
+    pass
+
+@dataclass(repr=False)
+class DelayedScaling(Recipe):
+    fp8_format: Format = Format.HYBRID
+    amax_compute_algo: str = "max"
+
+@dataclass(repr=False)
+class Float8CurrentScaling(Recipe):
+    fp8_format: Format = Format.HYBRID
+    fp8_gemm_fprop: MMParams = MMParams(False)
+
+@dataclass(repr=False)
+class NVFP4BlockScaling(Recipe):
+    fp4_format: Format = Format.E4M3
+    def __post_init__(self):
+        self.fp4_quant_fwd_inp = QParams(1.0)
+"""
+
+
+@pytest.mark.parametrize("name", ["DelayedScaling", "Float8CurrentScaling", "NVFP4BlockScaling"])
+def test_a_recipe_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Transformer Engine is not installed, too: nothing of it is imported or called."""
+    pytest.importorskip("pydantic.dataclasses")
+    names = ["transformer_engine", "transformer_engine.common", "transformer_engine.common.recipe"]
+    for package in names:
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    module = sys.modules[names[-1]]
+    exec(RECIPES, vars(module))
+    content = as_bytes({"recipe": getattr(module, name)(), "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1}})
+    for package in names:
+        monkeypatch.delitem(sys.modules, package)
+    assert name.encode() in content.numpy().tobytes()
+    vet_objects(vet_checkpoint(with_object(tmp_path / "ok", saved(content))), [KEY])
 
 
 def test_objects_that_would_run(tmp_path: Path, bomb: Bomb) -> None:
