@@ -40,7 +40,7 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobs.txt
 MpiDefault=none
-ReturnToService=2
+ReturnToService=1
 SlurmdTimeout=10
 KillWait=5
 MessageTimeout=20
@@ -117,6 +117,10 @@ class Cluster:
                 if its <= set((folder / "environ").read_bytes().split(b"\0")):
                     found.append(int(folder.name))
         return found
+
+    def steps(self, node: str) -> list[str]:
+        """Those that the node has not done with: each has a socket there."""
+        return [file.name for file in (self.folder / f"spool.{node}").glob(f"{node}_*")]
 
     def environment_of(self, process: int) -> dict[str, str]:
         """Of a process of a job."""

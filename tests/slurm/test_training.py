@@ -89,7 +89,8 @@ def test_nodes_that_are_taken_away_and_that_fail_cost_no_step(jobs: Jobs, unbrok
     jobs.until(job, lambda: steps_logged(run) >= 1)
     jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=down", "reason=test")
     jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "PENDING")
-    jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=resume", check=False)  # it may have come back by itself
+    jobs.until(job, lambda: not jobs.cluster.steps(NODES[0]))  # or SLURM finds the job there twice, and holds it
+    jobs.cluster.run("scontrol", "update", f"nodename={NODES[0]}", "state=resume")
     jobs.until(job, lambda: jobs.cluster.show(job)["JobState"] == "RUNNING")
     assert jobs.restarts(job) == 1
     done = steps_logged(run)
