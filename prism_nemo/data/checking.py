@@ -1,7 +1,8 @@
 """`prism-nemo data validate`: everything that is wrong with the records of some files, over several processes.
 
 A record is broken when it cannot be read, lacks what the stage needs, or names an image or video that is not there; with
-`--images` also when an image cannot be decoded. An id that several records share is a warning: ids name records in messages.
+`--images` also when an image, or a frame of a video that a run would choose, cannot be decoded. An id that several records share
+is a warning: ids name records in messages.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from prism_nemo.data.bad_records import BadRecord
 from prism_nemo.data.images import MAX_IMAGE_BYTES, contained, contained_file, load_image
 from prism_nemo.data.open import data_files
 from prism_nemo.data.record_files import RecordFiles, UnusableRecord
-from prism_nemo.data.records import ImageSource, Record
+from prism_nemo.data.records import ImageSource, Record, VideoSource
+from prism_nemo.data.video import choose_frames
+from prism_nemo.data.video_frames import MAX_VIDEO_BYTES, open_video
 from prism_nemo.errors import DataError
 from prism_nemo.printable import printable
 from prism_nemo.rewards.format import parse_response
@@ -72,10 +75,7 @@ def check_record(record: Record, checks: Checks) -> None:
     for source in record.images:
         _check_image(source, record.image_root, decode=checks.images)
     for video in record.videos:
-        if video.path is not None:
-            contained(video.path, record.image_root, what="video")
-        for frame in video.frames:
-            _check_image(frame, record.image_root, decode=checks.images)
+        _check_video(video, record.image_root, checks)
     if record.answer is not None and checks.stage in (None, "align", "rlvr", "eval"):
         check_answer(record)
     for name in _IN_FORMAT.get(checks.stage or "", ()):
@@ -122,6 +122,22 @@ def _check_image(source: ImageSource, root: Path | None, *, decode: bool) -> Non
         load_image(source, root)
     elif source.path is not None:
         contained_file(source.path, root, max_bytes=MAX_IMAGE_BYTES)
+
+
+def _check_video(video: VideoSource, root: Path | None, checks: Checks) -> None:
+    if checks.images:
+        reader, data = open_video(video, root), checks.data
+        chosen = choose_frames(reader, fps=data.video_fps, bounds=(data.video_min_frames, data.video_max_frames))
+        sizes = {image.size for image in reader.read(chosen)}
+        if len(sizes) > 1:
+            raise DataError(f"the video's frames have {len(sizes)} sizes", where=reader.where, remedy="give all of them one")
+        return
+    if video.path is not None:
+        place = contained(video.path, root, what="video")
+        if not place.is_dir():
+            contained_file(video.path, root, max_bytes=MAX_VIDEO_BYTES, what="video")
+    for frame in video.frames:
+        _check_image(frame, root, decode=False)
 
 
 def _pieces(checks: Checks, records: RecordFiles, workers: int) -> Iterator[tuple[int, np.ndarray, list[BadRecord]]]:

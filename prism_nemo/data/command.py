@@ -41,7 +41,7 @@ inspect: forms, fields, images and their sizes, sources, answer kinds, lengths
 
 validate: every broken record with its id, place and reason; exit status 1 when there is one
   --stage STAGE          also what this stage needs: sft, pairs, warmup, align, rlvr, eval
-  --images               decode every image; without it they only have to be there
+  --images               decode every image, and of videos the frames that a run sees; without it they only have to be there
   --workers N            processes (1)
   --json                 as JSON
 

@@ -115,21 +115,8 @@ class VideoProcessor:
 
     def choose_frames(self, reader: FrameReader) -> list[int]:
         """Indices of the frames that the model sees, ascending."""
-        if reader.timestamps is not None:
-            if reader.count > self.max_frames:
-                raise DataError(
-                    f"the video has {reader.count} frames with timestamps, the limit is {self.max_frames}",
-                    where=reader.where,
-                    remedy="raise data.video_max_frames, leave frames out, or give `fps` so that they are chosen evenly",
-                )
-            number = reader.count
-        else:
-            assert reader.fps is not None
-            number = int(min(reader.count / reader.fps * self.fps, self.max_frames))
-            number = min(max(number, self.min_frames), reader.count)
-        if number < self.temporal_patch_size:
-            raise DataError(f"the video has {reader.count} frame", where=reader.where, remedy="give it as an image")
-        return [int(index) for index in np.linspace(0, reader.count - 1, number).round()]
+        bounds = self.min_frames, self.max_frames
+        return choose_frames(reader, fps=self.fps, bounds=bounds, least=self.temporal_patch_size)
 
     def frame_size(self, frames: int, height: int, width: int, *, where: str = "") -> tuple[int, int]:
         """Height and width in pixels that every one of so many frames is scaled to: whole merged patches."""
@@ -184,6 +171,29 @@ class VideoProcessor:
         rows, columns = (side // (patch * merge) for side in values.shape[2:])
         cut = values.view(-1, times, 3, rows, merge, patch, columns, merge, patch)
         return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * times * patch**2)
+
+
+def choose_frames(reader: FrameReader, *, fps: float, bounds: tuple[int, int], least: int = 2) -> list[int]:
+    """Indices of frames, evenly `fps` a second within the fewest and most of `bounds`, ascending; all that have timestamps.
+
+    Raises DataError for fewer than `least`, and for more timestamps than frames may be.
+    """
+    fewest, most = bounds
+    if reader.timestamps is not None:
+        if reader.count > most:
+            raise DataError(
+                f"the video has {reader.count} frames with timestamps, the limit is {most}",
+                where=reader.where,
+                remedy="raise data.video_max_frames, leave frames out, or give `fps` so that they are chosen evenly",
+            )
+        number = reader.count
+    else:
+        assert reader.fps is not None
+        number = int(min(reader.count / reader.fps * fps, most))
+        number = min(max(number, fewest), reader.count)
+    if number < least:
+        raise DataError(f"the video has {reader.count} frame", where=reader.where, remedy="give it as an image")
+    return [int(index) for index in np.linspace(0, reader.count - 1, number).round()]
 
 
 def _scaled(image: Image, height: int, width: int) -> Tensor:

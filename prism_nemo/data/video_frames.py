@@ -155,6 +155,8 @@ def _stream(container: Any, where: str) -> Any:
     if not container.streams.video:
         raise DataError("the file holds no video", where=where)
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DataError("the video's codec is not known", where=where, remedy="encode it again, as H.264 in MP4")
     width, height = stream.codec_context.width, stream.codec_context.height
     _refuse_large_frame(width * height, where)
     return stream

@@ -21,8 +21,7 @@ from PIL import Image
 
 from prism_nemo.config.schema import DataConfig
 from prism_nemo.data.chat import ChatEncoder
-from prism_nemo.data.records import ImageSource, Record, VideoSource
-from prism_nemo.data.video_frames import open_video
+from prism_nemo.data.records import ImageSource, Record
 
 DOOR = "data"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202e\r"
@@ -142,10 +141,38 @@ def _(folder: Path) -> str:
     return refusal(lambda: encoder.encode_prompt(Record(id="1", prompt=prompt, images=images)))
 
 
-@case(DOOR, "a playlist named .mp4, which names another file")
-def _(folder: Path) -> str:
-    (folder / "a.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
-    return refusal(lambda: open_video(VideoSource(path=Path("a.mp4")), folder))
+def video() -> bytes:
+    """Two frames of Motion JPEG in Matroska."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32)))))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+VIDEOS: dict[str, Callable[[], bytes]] = {
+    "a playlist named .mp4, which names another file": lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
+    "a video of an unknown codec": lambda: video().replace(b"V_MJPEG", b"V_EVIL1"),
+    "a video that is cut short": lambda: video()[:1200],
+}
+
+
+def of_video(make: Callable[[], bytes]) -> Callable[[Path], str]:
+    def attempt(folder: Path) -> str:
+        file = record(folder, prompt="<video> What?", videos=["a.mp4"])
+        (file.parent / "a.mp4").write_bytes(make())
+        return validated(folder, file)
+
+    return attempt
+
+
+for _given, _video in VIDEOS.items():
+    case(DOOR, _given)(of_video(_video))
 
 
 # Files of records
