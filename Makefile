@@ -63,7 +63,7 @@ report: $(INSTALLED)
 
 # One thread a process: the tests start several ranks, which would otherwise fight for the cores.
 test: $(INSTALLED) $(if $(VLLM),test-vllm)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm $(PYTEST_ARGS) tests/unit tests/integration tests/distributed

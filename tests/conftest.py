@@ -1,9 +1,4 @@
-"""Marks tests by their folder, skips what this machine cannot run, saying why, and says which tests share a process.
-
-`make test` spreads the tests over processes (`pytest -n 3 --dist loadgroup`). A file stays together: what its tests share is made
-once. So does tests/slurm: there is one cluster. The files that take longest come first, so that no process ends long after the
-others; in which order files run must not matter.
-"""
+"""Marks tests by folder, skips what this machine cannot run, saying why, and spreads tests over processes (`pytest -n 3`)."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm.cluster import missing
@@ -21,21 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for a model is a mistake
 
 FOLDER_MARKERS = ("distributed", "integration", "gpu", "slurm")
+# Where tests are spread over processes these come first, so that none ends long after the others; the order must not matter.
 FIRST = ("slurm", "distributed/test_layouts.py", "integration/test_faults.py", "distributed", "integration")
 TESTS = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    in_groups = config.pluginmanager.hasplugin("xdist")
     for item in items:
-        path = item.path.relative_to(TESTS)
-        folder = path.parts[0]
+        folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDER_MARKERS:
             item.add_marker(folder)
-        if in_groups:
-            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else path.as_posix()))
-    items.sort(key=_turn)
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=_turn)
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_gpu and not _has_cuda():
         _skip(for_gpu, "needs a CUDA device")
@@ -46,6 +39,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for_slurm = [item for item in items if item.get_closest_marker("slurm")]
     if for_slurm and (why := missing()):
         _skip(for_slurm, why)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays together, for what its tests share is made once, and so does tests/slurm, for there is one cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else str(super()._split_scope(nodeid))
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # below all else that is summed up
