@@ -19,40 +19,25 @@ import signal
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chat_server import Answer, Seen, chat_server, completion
+from helpers.faults import SECONDS, STUCK, Row, Slow, at_step, children_of, page_rows, seconds_to_end, wait_until_met, write_table
 from helpers.jobs import Job, Launcher
-from helpers.stages import settings, trained_policy, written
+from helpers.stages import assert_same_metrics, settings, trained_policy, written
 
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 KILLS = int(os.environ.get("PRISM_NEMO_FAULTS", "0"))
 MEASURED = KILLS > 0
 LIMITS = () if MEASURED else ("runtime.lost_rank_seconds=4", "runtime.stuck_rank_seconds=4")
+CHAINS = 2 if MEASURED else 1  # runs at a time that are killed again and again
 STEPS = 8
 RUN = (f"trainer.max_steps={STEPS}", "trainer.save_interval=1", *LIMITS)
-SECONDS = 200.0  # for what takes a few
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the table has of a fault. `seconds`: the longest between the fault and the end of every rank that could end."""
-
-    times: int
-    happened: str
-    lost: int = 0  # runs that did not end as an unbroken one
-    wrong: int = 0  # resumes whose metrics, samples or steps were others, with nothing said
-    seconds: float | None = None
-
-    def cells(self, fault: str) -> list[str]:
-        noticed = "" if self.seconds is None else f"{self.seconds:.0f}"
-        return [fault, str(self.times), self.happened, str(self.lost), str(self.wrong), noticed]
-
-
 rows: dict[str, Row] = {}
 
 
@@ -102,55 +87,46 @@ def latest(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
 
 
-def seconds_to_end(job: Job, hurt: int, number: signal.Signals) -> float:
-    """Hurts a rank; how long the other lives on."""
-    began = time.monotonic()
-    job.signal(hurt, number)
-    other = 1 - hurt
-    while not job.poll() and other not in job.statuses:
-        assert time.monotonic() < began + SECONDS, job.output()
-        time.sleep(0.02)
-    return max(job.ended[other] - began, 0.0)
-
-
-def wait_until_met(job: Job) -> None:
-    """Before that no rank knows of another: whoever started them must see to it that all come."""
-    deadline = time.monotonic() + SECONDS
-    while "ranks have met" not in job.output(0):
-        assert not job.poll(), job.output()
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.01)
-
-
 def test_killed_ranks(launcher: Launcher, folder: Path) -> None:
     """kill -9 of either rank at any moment from where they have met; the same command goes on to the unbroken run's end."""
     whole = unbroken(launcher, folder)
-    run, chance, longest, kills = folder / "killed", random.Random(0), 0.0, 0
-    while kills < (KILLS or 4):
-        job = start(launcher, run)
-        wait_until_met(job)
-        deadline = time.monotonic() + chance.uniform(0.0, 5.0)
-        while time.monotonic() < deadline and not job.poll():
-            time.sleep(0.01)
-        if job.poll():  # it was at its end already
-            assert job.statuses == {0: 0, 1: 0}, job.output()
-            assert same(run, whole)
-            shutil.rmtree(run)
-            continue
-        hurt = chance.randrange(2)
-        longest = max(longest, seconds_to_end(job, hurt, signal.SIGKILL))
-        statuses = job.wait(SECONDS)
-        if statuses[1 - hurt] == 0:  # it had nothing to do any more that needed the other
-            continue
-        kills += 1
-        assert statuses[1 - hurt] == 1, job.output()
-        assert re.search(rf"the run ends: .*rank {hurt} on ", job.output(1 - hurt)), job.output()
-    finish(launcher, run)
-    assert same(run, whole)
+    with ThreadPoolExecutor(CHAINS) as chains:
+        longest = max(chains.map(lambda seed: chain_of_kills(folder / f"killed{seed}", seed, whole), range(CHAINS)))
     assert longest < 60
     rows["`kill -9` of a rank at a random moment"] = Row(
-        kills, "the other rank names it and ends with status 1; restarted, the run goes on from its checkpoint", seconds=longest
+        KILLS or 2,
+        "the other rank names it and ends with status 1; restarted, the run goes on from its checkpoint",
+        seconds=longest,
     )
+
+
+def chain_of_kills(run: Path, seed: int, whole: Path) -> float:
+    """One run, killed again and again and then let through; the longest that a rank has lived on."""
+    chance, longest, kills = random.Random(seed), 0.0, 0
+    wanted = (KILLS or 2) // CHAINS + (seed < (KILLS or 2) % CHAINS)
+    with Launcher() as launcher:
+        while kills < wanted:
+            job = start(launcher, run)
+            wait_until_met(job)
+            deadline = time.monotonic() + chance.uniform(0.0, 5.0)
+            while time.monotonic() < deadline and not job.poll():
+                time.sleep(0.01)
+            if job.poll():  # it was at its end already
+                assert job.statuses == {0: 0, 1: 0}, job.output()
+                assert same(run, whole)
+                shutil.rmtree(run)
+                continue
+            hurt = chance.randrange(2)
+            longest = max(longest, seconds_to_end(job, hurt, signal.SIGKILL))
+            statuses = job.wait(SECONDS)
+            if statuses[1 - hurt] == 0:  # it had nothing to do any more that needed the other
+                continue
+            kills += 1
+            assert statuses[1 - hurt] == 1, job.output()
+            assert re.search(rf"the run ends: .*rank {hurt} on ", job.output(1 - hurt)), job.output()
+        finish(launcher, run)
+    assert same(run, whole)
+    return longest
 
 
 @pytest.mark.parametrize("hurt", [0, 1] if MEASURED else [0])
@@ -173,80 +149,48 @@ def test_a_stopped_rank(hurt: int, launcher: Launcher, folder: Path) -> None:
     rows[name] = Row(1, "the other names it and ends with status 1; restarted, the run goes on", seconds=seconds)
 
 
-STUCK = {
-    "sleep": "time.sleep(1e6)",
-    "lock": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
-    "file": "open(pipe, 'rb').read()",  # nobody writes into it: a file system that does not answer
-}
-
-
-@pytest.mark.parametrize("how", list(STUCK) if MEASURED else ["file"])
-def test_a_stuck_rank(how: str, launcher: Launcher, folder: Path) -> None:
-    """It lives, its connections are open, its threads give signs of life, and its main thread waits for what never comes."""
-    hurt = list(STUCK).index(how) % 2
-    run, before, mark = folder / f"stuck_{how}", folder / f"stuck_{how}.py", folder / f"stuck_{how}.began"
-    os.mkfifo(folder / f"{how}.pipe")
-    before.write_text(
-        _at_step(
-            3, hurt, f"pipe = {str(folder / f'{how}.pipe')!r}\n        open({str(mark)!r}, 'w').close()\n        {STUCK[how]}"
-        )
-    )
-    job = start(launcher, run, before=before)
+def test_stuck_ranks(launcher: Launcher, folder: Path) -> None:
+    """They live, their connections are open, their threads give signs of life, and a main thread waits for what never comes."""
+    began: dict[str, float] = {}
+    jobs = {how: start_stuck(how, launcher, folder) for how in (STUCK if MEASURED else ["file"])}
     deadline = time.monotonic() + SECONDS
-    while not mark.exists():
-        assert not job.poll() and time.monotonic() < deadline, job.output()
+    while [job for job in jobs.values() if not job.poll()]:
+        assert time.monotonic() < deadline, [job.output() for job in jobs.values()]
+        began |= {how: time.monotonic() for how in jobs if how not in began and (folder / f"stuck_{how}.began").exists()}
         time.sleep(0.02)
-    began = time.monotonic()
-    assert job.wait(SECONDS) == [1, 1], job.output()
-    seconds = max(job.ended.values()) - began
-    for rank in (0, 1):
-        found = re.search(
-            rf"the run ends: rank {hurt} on \S+, which was at: rlvr, step 4.* has done nothing for", job.output(rank)
-        )
-        assert found, job.output(rank)
-        assert f"rank {1 - hurt} on" not in found[0]
-    assert re.search(r"line \d+ in stuck", (run / "stacks" / f"rank_{hurt}.txt").read_text()), "its own stack shows where"
-    finish(launcher, run)
-    assert same(run, unbroken(launcher, folder))
-    assert seconds < 60
-    earlier = rows.get("a rank is stuck (a lock, a sleep, a file)", Row(0, ""))
-    rows["a rank is stuck (a lock, a sleep, a file)"] = Row(
-        earlier.times + 1,
-        "all ranks name it and end with status 1; restarted, the run goes on",
-        seconds=max(seconds, earlier.seconds or 0.0),
+    for how, job in jobs.items():
+        run, hurt = folder / f"stuck_{how}", list(STUCK).index(how) % 2
+        assert job.statuses == {0: 1, 1: 1}, job.output()
+        for rank in (0, 1):
+            words = rf"the run ends: rank {hurt} on \S+, which was at: rlvr, step 4.* has done nothing for"
+            found = re.search(words, job.output(rank))
+            assert found, job.output(rank)
+            assert f"rank {1 - hurt} on" not in found[0]
+        stacks = (run / "stacks" / f"rank_{hurt}.txt").read_text()
+        assert re.search(r"line \d+ in stuck", stacks), "its own stack shows where"
+        finish(launcher, run)
+        assert same(run, unbroken(launcher, folder))
+    longest = max(max(job.ended.values()) - began[how] for how, job in jobs.items())
+    assert longest < 60
+    rows["a rank is stuck (a lock, a sleep, a read that never ends)"] = Row(
+        len(jobs), "all ranks name it and end with status 1; restarted, the run goes on", seconds=longest
     )
 
 
-def _at_step(step: int, rank: int, code: str) -> str:
-    return (
-        "import os, threading, time\n"
-        "from prism_nemo.stages.rlvr import RLVRTrainer\n"
-        "scores = RLVRTrainer.scores\n"
-        "def stuck(self, rollouts):\n"
-        f"    if os.environ['RANK'] == '{rank}' and self.loop.done == {step}:\n"
-        f"        {code}\n"
-        "    return scores(self, rollouts)\n"
-        "RLVRTrainer.scores = stuck\n"
-    )
-
-
-class _Slow(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        time.sleep(LONG)
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None: ...
-
-
-LONG = 50.0 if MEASURED else 8.0  # seconds, more than a stuck rank gets
+def start_stuck(how: str, launcher: Launcher, folder: Path) -> Job:
+    """`stuck_HOW.began` appears when the rank gets stuck."""
+    run, before, pipe = folder / f"stuck_{how}", folder / f"stuck_{how}.py", folder / f"{how}.pipe"
+    os.mkfifo(pipe)
+    lines = (f"pipe = {str(pipe)!r}", f"open({str(run) + '.began'!r}, 'w').close()", STUCK[how])
+    before.write_text(at_step(3, list(STUCK).index(how) % 2, "\n        ".join(lines)))
+    return start(launcher, run, before=before)
 
 
 def test_ranks_that_take_long_are_left_alone(launcher: Launcher, folder: Path) -> None:
     """The others wait while one computes in one call, waits for a process that it started, and for a server that is slow."""
     run, before = folder / "slow", folder / "slow.py"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    child = f"import time\nwhile time.process_time() < {Slow.seconds}: pass"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     before.write_text(
         "import hashlib, os, subprocess, sys, time\n"
@@ -259,15 +203,15 @@ def test_ranks_that_take_long_are_left_alone(launcher: Launcher, folder: Path) -
         "    return int(200_000 * seconds / (time.process_time() - began))\n"
         "def slow(self, rollouts):\n"
         "    if os.environ['RANK'] == '1' and self.loop.done == 2:\n"
-        f"        hashlib.pbkdf2_hmac('sha256', b'', b'', rounds({LONG}))\n"
+        f"        hashlib.pbkdf2_hmac('sha256', b'', b'', rounds({Slow.seconds}))\n"
         "    if os.environ['RANK'] == '0' and self.loop.done == 3:\n"
-        f"        subprocess.run([sys.executable, '-c', 'import time\\nwhile time.process_time() < {LONG}: pass'], check=True)\n"
+        f"        subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
         "    if os.environ['RANK'] == '1' and self.loop.done == 4:\n"
         f"        Address('http://127.0.0.1:{server.server_port}', None).get('/', timeout_seconds=600)\n"
         "    return scores(self, rollouts)\n"
         "RLVRTrainer.scores = slow\n"
     )
-    job = start(launcher, run, before=before)
+    job = start(launcher, run, "runtime.stuck_rank_seconds=4", before=before)
     assert job.wait(3 * SECONDS) == [0, 0], job.output()
     server.shutdown()
     assert same(run, unbroken(launcher, folder))
@@ -390,14 +334,16 @@ def test_nan(launcher: Launcher, folder: Path) -> None:
     assert [row["step"] for row in metrics] == [row["step"] for row in expected]
     numbers = [value for row in metrics if row["step"] != 3 for value in row.values() if isinstance(value, float)]
     assert all(value == value for value in numbers)
-    rows["NaN in a gradient of one rank"] = Row(1, "no rank takes the step; the rank is named, its samples are listed; the run goes on")
+    rows["NaN in a gradient of one rank"] = Row(
+        1, "no rank takes the step; the rank is named, its samples are listed; the run goes on"
+    )
 
 
 def test_a_killed_rollout_server(launcher: Launcher, folder: Path) -> None:
     run = folder / "server"
     job = start(launcher, run, "rollout.placement=separate")
     job.wait_for_step(run, 2)
-    servers = [pid for pid in _children(job.pids[0]) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    servers = [pid for pid in children_of(job.pids[0]) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert servers
     os.kill(servers[0], signal.SIGKILL)
     assert job.wait(SECONDS) == [0, 0], job.output()
@@ -409,41 +355,43 @@ def test_a_killed_rollout_server(launcher: Launcher, folder: Path) -> None:
     rows["`kill -9` of a rollout server"] = Row(1, "started again, given its weights; the run goes on as if nothing had been")
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found.append(int(process.name))
-    return found
+@pytest.mark.skipif(not MEASURED, reason="minutes: PRISM_NEMO_FAULTS")
+def test_killed_with_rollouts_begun_and_a_judge(launcher: Launcher, folder: Path) -> None:
+    """One step ahead, by servers, graded by a judge; killed on two ranks, then on one, then let through on two."""
 
+    def verdict(seen: Seen, number: int) -> Answer:
+        return completion("CORRECT" if zlib.crc32(json.dumps(seen.body["messages"]).encode()) % 2 else "WRONG")
 
-# The page
-
-HEADER = ["fault", "times", "what happened", "lost runs", "silently wrong resumes", "seconds to notice"]
-
-
-def _table() -> re.Match[str]:
-    found = re.search(r"<!-- faults -->\n(.*?)<!-- end -->", PAGE.read_text(), re.DOTALL)
-    assert found is not None
-    return found
-
-
-def _page_rows() -> list[list[str]]:
-    return [[cell.strip() for cell in line.removeprefix("|").split("|")[:-1]] for line in _table()[1].splitlines()[2:]]
+    ahead = ("rollout.placement=separate", "rollout.max_staleness=1", "algorithm.policy_loss.rollout_correction=token")
+    runs = {"whole": folder / "ahead_whole", "killed": folder / "ahead_killed"}
+    with chat_server(verdict) as server:
+        keys = ("enabled=true", f"base_url={server.base_url}", "model=m")
+        judge = {
+            name: [*ahead, *(f"reward.judge.{key}" for key in (*keys, f"cache_dir={run}.judge"))] for name, run in runs.items()
+        }
+        finish(launcher, runs["whole"], *judge["whole"])
+        for ranks, step in ((2, 2), (1, 5)):
+            arguments = ["rlvr", *settings("rlvr", runs["killed"], *RUN, *judge["killed"])]
+            job = launcher.start(ranks, arguments, folder / "ahead.logs")
+            job.wait_for_step(runs["killed"], step)
+            job.signal(0, signal.SIGKILL)
+            job.wait(SECONDS)
+        finish(launcher, runs["killed"], *judge["killed"])
+        assert server.seen, "it was asked"
+    (metrics, samples), (expected, expected_samples) = written(runs["killed"]), written(runs["whole"])
+    kept = [[{k: v for k, v in row.items() if not k.startswith("servers/")} for row in lines] for lines in (metrics, expected)]
+    assert_same_metrics(*kept, 1e-4)  # sums over one rank and over two differ in the last digits
+    assert [row["response"] for row in samples] == [row["response"] for row in expected_samples]
+    rows["`kill -9` with rollouts begun ahead and a judge; resumed on fewer ranks, and on more"] = Row(
+        2, "restarted, the run goes on: the same responses and rewards, metrics as far as sums in another order let them"
+    )
 
 
 def test_the_table_of_the_page() -> None:
     """Runs last. Rows of tests that were left out are not looked at."""
     if MEASURED:
-        table = {cells[0]: cells for cells in _page_rows()} | {fault: row.cells(fault) for fault, row in rows.items()}
-        lines = [HEADER, ["---"] * len(HEADER), *table.values()]
-        text, span = PAGE.read_text(), _table().span(1)
-        PAGE.write_text(text[: span[0]] + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + text[span[1] :])
+        write_table(rows)
         return
-    on_page = {cells[0]: cells[2:5] for cells in _page_rows()}
+    on_page = {cells[0]: cells[2:5] for cells in page_rows()}
     for fault, row in rows.items():
         assert on_page[fault] == row.cells(fault)[2:5]
