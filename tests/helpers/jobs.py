@@ -96,6 +96,8 @@ class Launcher:
             listener.bind(("127.0.0.1", 0))
             port = int(listener.getsockname()[1])
         files = [logs / f"rank_{rank}.txt" for rank in range(world_size)]
+        for file in files:
+            file.write_text("")  # nothing of an earlier job is read in the meantime
         given = [str(before or ""), *arguments]
         pids = [
             self._forks.start("helpers.jobs:be_a_rank", given, environment_of_rank(rank, world_size, port), file)
