@@ -109,7 +109,7 @@ def endpoint_config(server: ChatServer, **settings: Any) -> EndpointConfig:
     return EndpointConfig(base_url=server.base_url, **(given | settings))
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     """Waits for something that comes soon; the limit is only so that a mistake ends."""
     deadline = time.monotonic() + seconds
     while not condition():
