@@ -122,11 +122,6 @@ class Cluster:
         """Those that the node has not done with: each has a socket there."""
         return [file.name for file in (self.folder / f"spool.{node}").glob(f"{node}_*")]
 
-    def environment_of(self, process: int) -> dict[str, str]:
-        """Of a process of a job."""
-        lines = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
-        return dict(line.split("=", 1) for line in lines if "=" in line)
-
     @contextmanager
     def node_without_power(self, node: str) -> Iterator[None]:
         """The node's daemons and all processes of jobs there are gone at once; it comes back at the end."""

@@ -33,7 +33,7 @@ def test_a_job_says_what_it_runs_and_numbers_its_ranks(jobs: Jobs) -> None:
 def test_what_fails_is_tried_again_and_given_up_without_progress(jobs: Jobs) -> None:
     crashing = jobs.stand_in("exit 3", "experiment.dir=run1", PRISM_NEMO_MAX_FAILURES="2")
     going_on = jobs.stand_in(
-        SAVE + '[[ ${SLURM_RESTART_COUNT:-0} -ge 3 ]] || exit 3', "--config", "mine.yaml", PRISM_NEMO_MAX_FAILURES="1"
+        SAVE + '[[ ${SLURM_RESTART_COUNT:-0} -ge 2 ]] || exit 3', "--config", "mine.yaml", PRISM_NEMO_MAX_FAILURES="1"
     )  # fmt: skip
     assert jobs.end(crashing) == "FAILED"
     assert jobs.restarts(crashing) == 1
@@ -42,7 +42,7 @@ def test_what_fails_is_tried_again_and_given_up_without_progress(jobs: Jobs) -> 
     assert "with status 3" in log
     assert log.endswith("failed (status 3), as 2 times in a row without progress: it is not started again\n")
     assert jobs.end(going_on) == "COMPLETED"
-    assert jobs.restarts(going_on) == 3
+    assert jobs.restarts(going_on) == 2
 
 
 def test_a_job_on_a_node_that_is_not_healthy_does_not_start(jobs: Jobs) -> None:

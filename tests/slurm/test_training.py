@@ -113,8 +113,7 @@ def test_rollout_servers_on_a_node_of_the_same_job(jobs: Jobs, tmp_path: Path) -
         return [number for number in jobs.cluster.processes(NODES[1]) if {"-m", "serve"} <= set(_command(number))]
 
     (server,) = servers()
-    step = jobs.cluster.environment_of(server)["SLURM_STEP_ID"]
-    jobs.cluster.run("scancel", "--signal=TERM", f"{job}.{step}")  # as before a preemption, while the run saves with its help
+    os.killpg(os.getpgid(server), signal.SIGTERM)  # as SLURM does before a preemption, while the run saves with its help
     jobs.until(job, lambda: steps_logged(jobs.folder / "run") >= 3)
     assert servers() == [server]
     os.kill(server, signal.SIGKILL)  # it is started again, and gets the weights again
