@@ -17,7 +17,7 @@ usage: prism-nemo convert import  --hf DIR --out DIR
        prism-nemo convert export  --checkpoint DIR --out DIR [--model NAME]
        prism-nemo convert upcycle --hf DIR --out DIR [--experts 4] [--topk 2] [--seed N]
        prism-nemo convert verify  --hf DIR --checkpoint DIR [--model NAME] [--tensors-only]
-       prism-nemo convert inspect DIR [--json]
+       prism-nemo convert inspect DIR [--hashes] [--json]
 
   import    reads a HuggingFace directory (safetensors) and writes a checkpoint of this project; a directory with a scalar head
             becomes a discriminator's. --megatron: reads a torch_dist checkpoint of another tool, such as Megatron-Bridge,
@@ -25,8 +25,9 @@ usage: prism-nemo convert import  --hf DIR --out DIR
   export    reads a checkpoint and writes a HuggingFace directory, with config, tokenizer and processor
   upcycle   reads a dense model (a HuggingFace directory or a checkpoint) and writes the MoE discriminator's checkpoint
   verify    compares the hash of every tensor, and what the model computes on sample inputs (needs memory for one model;
-            --tensors-only does not). Status 1 when something differs
-  inspect   says what a directory is: kind, parameters, type, layout, step, and whether it is whole. Status 1 when it is not
+            --tensors-only does not), and every file of the checkpoint with its hash. Status 1 when something differs
+  inspect   says what a directory is: kind, parameters, type, layout, step, and whether it is whole. Status 1 when it is not.
+            Files are there and have their sizes; with --hashes they are read, and are what was written
 
   --model NAME         policy or discriminator, where a step of a run has both
   --max-shard-size GB  of a written file, in gigabytes
@@ -92,6 +93,7 @@ def _parse(command: str, arguments: list[str], parser: argparse.ArgumentParser) 
         parser.add_argument("--tensors-only", action="store_true")
     if command == "inspect":
         parser.add_argument("directory", metavar="DIR", type=Path)
+        parser.add_argument("--hashes", action="store_true")
         parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     _check(command, options)

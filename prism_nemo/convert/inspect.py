@@ -1,4 +1,7 @@
-"""`prism-nemo convert inspect`: what a directory is, and whether it is whole. Nothing but headers and indexes is read."""
+"""`prism-nemo convert inspect`: what a directory is, and whether it is whole.
+
+Nothing but headers and indexes is read; with `--hashes` all files of a checkpoint are, and compared with its manifest.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from prism_nemo.printable import printable
 from prism_nemo.run_directory import LATEST
 
 _TRAINER = "trainer.json"  # of a step's folder
+_STEP_MANIFEST = "checkpoint.json"  # of its own files
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Description:
 
 def run(options: argparse.Namespace) -> bool:
     """Prints the description; True when the directory is whole."""
-    description = describe(options.directory)
+    description = describe(options.directory, hashes=options.hashes)
     if options.json:
         print(json.dumps(asdict(description) | {"whole": description.whole}, indent=1))
     else:
@@ -50,20 +54,20 @@ def run(options: argparse.Namespace) -> bool:
     return description.whole
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, *, hashes: bool = False) -> Description:
     """Raises CheckpointError when the directory is nothing that this project knows."""
     if not path.is_dir():
         raise CheckpointError("no such directory", where=str(path), remedy="the right path")
     if path.name.startswith(".") and path.name.endswith(".partial"):
         return _conversion(path)
     if (path / METADATA).is_file() or is_torch_dist(path) or (path / manifest.MANIFEST).is_file():
-        return _checkpoint(path)
+        return _checkpoint(path, hashes)
     models = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and (entry / manifest.MANIFEST).is_file()]
     if (path / _TRAINER).is_file() or models:
-        return _step(path, models)
+        return _step(path, models, hashes)
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file() or (folder != path and folder.is_dir()):
-            return _run(path, folder)
+            return _run(path, folder, hashes)
     if (path / CONFIG_FILE).is_file():
         return _huggingface(path)
     raise CheckpointError(
@@ -93,11 +97,12 @@ def _huggingface(path: Path) -> Description:
     return result
 
 
-def _checkpoint(path: Path) -> Description:
+def _checkpoint(path: Path, hashes: bool) -> Description:
     result = Description(str(path), "checkpoint (torch_dist)")
     ours = (path / manifest.MANIFEST).is_file()
     if ours:
-        result.problems += manifest.problems(path, contents=False)
+        result.problems += manifest.problems(path, contents=hashes)
+        result.facts |= {"files that are hashed": manifest.count(path)} if hashes else {}
     elif not is_torch_dist(path):
         result.problems.append("metadata.json is missing")
     try:
@@ -136,20 +141,22 @@ def _layout(stored: TorchDistCheckpoint) -> str:
     return f"written by {len(writers)} rank{'s'[: len(writers) != 1]}, tensor-parallel size {tensor_parallel}; loads at any"
 
 
-def _step(path: Path, models: list[Path]) -> Description:
+def _step(path: Path, models: list[Path], hashes: bool) -> Description:
     result = Description(str(path), "step of a run" if (path / _TRAINER).is_file() else "checkpoint folder")
     try:
         trainer = read_json_object(path / _TRAINER) if (path / _TRAINER).is_file() else {}
         result.facts |= {key: trainer[key] for key in ("step", "world_size", "consumed_samples") if key in trainer}
     except PrismError:
         result.problems.append(f"{_TRAINER} is not JSON")
-    result.parts = [_checkpoint(model) for model in models]
+    if (path / _STEP_MANIFEST).is_file():
+        result.problems += manifest.problems(path, contents=hashes, manifest=_STEP_MANIFEST)
+    result.parts = [_checkpoint(model, hashes) for model in models]
     if not models:
         result.problems.append("it holds no model")
     return result
 
 
-def _run(path: Path, folder: Path) -> Description:
+def _run(path: Path, folder: Path, hashes: bool) -> Description:
     result = Description(str(path), "run" if folder != path else "checkpoints of a run")
     steps = sorted(entry for entry in folder.iterdir() if entry.name.startswith("step_"))
     result.facts["steps"] = ", ".join(step.name.removeprefix("step_").lstrip("0") or "0" for step in steps) or "none"
@@ -166,7 +173,7 @@ def _run(path: Path, folder: Path) -> Description:
     if not newest.is_dir():
         result.problems.append(f"{LATEST} names {name}, which is not there")
         return result
-    result.parts = [describe(newest)]
+    result.parts = [describe(newest, hashes=hashes)]
     return result
 
 

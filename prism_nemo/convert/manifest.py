@@ -22,6 +22,7 @@ from prism_nemo.errors import CheckpointError
 MANIFEST = "manifest.json"
 BLOCK = 16 << 20  # bytes
 THREADS = 4
+_UNREADABLE = (ValueError, AttributeError, TypeError, KeyError, OverflowError)  # of JSON that is no manifest
 REMEDY = "use an earlier checkpoint, or copy this one again"
 
 
@@ -81,8 +82,8 @@ def problems(directory: Path, *, contents: bool = True, part: tuple[int, int] = 
     """
     try:
         entries = _read(directory / manifest)
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return ["incomplete: its manifest is not JSON"]
+    except _UNREADABLE:
+        return ["incomplete: its manifest is not JSON that lists its files"]
     if entries is None:
         return ["incomplete: it has no manifest"]
     mine = dict(list(entries.items())[part[0] :: part[1]])
@@ -101,11 +102,19 @@ def problems(directory: Path, *, contents: bool = True, part: tuple[int, int] = 
     return found + [f"damaged: {name} is not what was written" for name in whole if hashes[name] != mine[name][1]]
 
 
+def count(directory: Path) -> int:
+    """Files that the manifest lists with their hashes."""
+    try:
+        return sum(digest is not None for _, digest in (_read(directory / MANIFEST) or {}).values())
+    except _UNREADABLE:
+        return 0
+
+
 def has_hashes(directory: Path) -> bool:
     """Whether the folder's manifest was written with hashes; earlier versions had none."""
     try:
         return any(digest is not None for _, digest in (_read(directory / MANIFEST) or {}).values())
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except _UNREADABLE:
         return True
 
 
@@ -117,10 +126,13 @@ def _read(file: Path) -> dict[str, tuple[int, str | None]] | None:
         entries: Mapping[str, Any] = json.loads(file.read_text())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    return {
+    found: dict[str, tuple[int, str | None]] = {
         name: (int(entry), None) if isinstance(entry, int | str) else (int(entry["bytes"]), str(entry["blake2b"]))
         for name, entry in entries.items()
     }
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in found):
+        raise ValueError("it names files outside the folder")
+    return found
 
 
 def check_manifest(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """`prism-nemo convert verify`: whether a HuggingFace directory and a checkpoint are the same model.
 
 Every parameter's bytes are hashed on both sides, in the checkpoint's form, tensor by tensor. Then the model is built once, filled
-from one side and from the other, and both must compute the same numbers on sample inputs, text alone and text with an image.
+from one side and from the other, and both must compute the same numbers on sample inputs, text alone and text with an image. At
+last all files of the checkpoint, the optimizer's among them, are compared with the hashes that its writer left.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class Verdict:
     tensors: int = 0
     different: list[str] = field(default_factory=list)
     samples: dict[str, float] = field(default_factory=dict)  # largest difference of each sample's outputs
+    files: int = 0  # of the checkpoint, that have a hash in its manifest
+    damaged: list[str] = field(default_factory=list)  # files that are not what was written
 
     @property
     def same(self) -> bool:
-        return not self.different and all(difference == 0.0 for difference in self.samples.values())
+        return not (self.different or self.damaged) and all(difference == 0.0 for difference in self.samples.values())
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -52,6 +55,10 @@ def run(options: argparse.Namespace) -> bool:
     print(f"tensors: {verdict.tensors - len(verdict.different)} of {verdict.tensors} are equal, bit for bit")
     for sample, difference in verdict.samples.items():
         print(f"outputs on {sample}: {'equal' if difference == 0 else f'differ by up to {difference:g}'}")
+    for problem in verdict.damaged:
+        print(printable(problem))
+    if verdict.files:
+        print(f"files: {verdict.files - len(verdict.damaged)} of {verdict.files} are what was written")
     print("the same model" if verdict.same else "NOT the same model")
     return verdict.same
 
@@ -59,7 +66,7 @@ def run(options: argparse.Namespace) -> bool:
 def verify(hf: Path, checkpoint: Path, *, model: str | None = None, outputs: bool = True) -> Verdict:
     """Compares the two. Raises CheckpointError when one of them cannot be read, or they are of different kinds of model."""
     directory = find_checkpoint(checkpoint, model)
-    problems = manifest.problems(directory, contents=False)  # tensors are compared, so that a changed byte is named by its tensor
+    problems = manifest.problems(directory, contents=False)  # contents at last: a changed byte is named by its tensor first
     if problems:
         raise manifest.damaged(problems[0], directory)
     verdict = Verdict()
@@ -81,6 +88,7 @@ def verify(hf: Path, checkpoint: Path, *, model: str | None = None, outputs: boo
         _compare_tensors(source, stored, config, score_head, verdict)
     if outputs:
         verdict.samples = _compare_outputs(hf, directory, config, score_head, stored.dtype.torch)
+    verdict.files, verdict.damaged = manifest.count(directory), manifest.problems(directory)
     return verdict
 
 

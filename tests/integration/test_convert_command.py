@@ -18,6 +18,7 @@ from prism_nemo.cli import main
 from prism_nemo.config.enums import Precision
 from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.convert.hf import copy_assets
+from prism_nemo.convert.manifest import files_of
 from prism_nemo.convert.verify import sample_rows
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.models.qwen3_vl.config import Qwen3VLShape
@@ -76,6 +77,7 @@ def test_verify(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "tensors: 132 of 132 are equal, bit for bit",
         "outputs on text: equal",
         "outputs on text and an image: equal",
+        f"files: {len(files_of(imported))} of {len(files_of(imported))} are what was written",
         "the same model",
     ]
     changed = tmp_path / "changed"

@@ -36,6 +36,7 @@ from prism_nemo.convert import manifest
 from prism_nemo.convert.commands import export_hf, import_hf, upcycle_hf
 from prism_nemo.convert.dtypes import BFLOAT16, BY_NAME, FLOAT32, DType
 from prism_nemo.convert.hf_reader import HFReader
+from prism_nemo.convert.inspect import describe
 from prism_nemo.convert.ops import GateUp, MergeQKV, RowRun, VisionQKV
 from prism_nemo.convert.pieces import Files, rows_to_hf, tensor_bytes
 from prism_nemo.convert.plans import plan_checkpoint, plan_hf
@@ -315,7 +316,11 @@ def test_a_changed_byte_shows_in_verify_and_a_cut_file_everywhere(tmp_path: Path
     place = TorchDistCheckpoint(streamed).tensors["language_model.decoder.final_layernorm.weight"].chunks[0]
     content[place.start] ^= 1
     file.write_bytes(content)
-    assert verify(source_of("dense"), streamed, outputs=False).different == ["language_model.decoder.final_layernorm.weight"]
+    verdict = verify(source_of("dense"), streamed, outputs=False)
+    assert verdict.different == ["language_model.decoder.final_layernorm.weight"]
+    assert verdict.damaged == [f"damaged: {file.name} is not what was written"]
+    assert describe(streamed).whole  # sizes alone
+    assert describe(streamed, hashes=True).problems == verdict.damaged
     file.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
         export_hf(streamed, tmp_path / "hf")
@@ -331,3 +336,21 @@ def test_the_manifest_tells_what_is_gone(tmp_path: Path) -> None:
     assert manifest.problems(tmp_path) == []
     shutil.rmtree(tmp_path / "hf")
     assert manifest.problems(tmp_path) == ["truncated: hf/b is missing, it had 4 bytes"]
+
+
+def test_verify_sees_a_change_in_what_is_no_tensor(tmp_path: Path) -> None:
+    """Of the same size, as a failing disk leaves it: the tensors are equal all the same."""
+    from prism_nemo.convert.verify import verify
+
+    streamed = stream("dense", tmp_path / "out")
+    file = streamed / "common.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    verdict = verify(source_of("dense"), streamed, outputs=False)
+    assert (verdict.different, verdict.damaged, verdict.same) == ([], ["damaged: common.pt is not what was written"], False)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+@pytest.mark.parametrize("entry", ['{"bytes": 1, "blake2b": ""}', '{"bytes": 1e999, "blake2b": ""}'])
+def test_a_manifest_names_no_files_outside(name: str, entry: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(f'{{"{name}": {entry}}}')
+    assert manifest.problems(tmp_path) == ["incomplete: its manifest is not JSON that lists its files"]
