@@ -33,7 +33,10 @@ class GroupError(Exception):
 
 @dataclass(frozen=True)
 class GroupInvitation:
-    """What a server needs to know to join. Without `secret` nobody finds the keys under which the members meet."""
+    """What a server needs to know to join.
+
+    The keys under which the members meet begin with `secret`, so that groups do not mix; who reaches the store can list them.
+    """
 
     group_id: str
     secret: str
