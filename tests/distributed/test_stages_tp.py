@@ -101,6 +101,7 @@ MOVES = {
     "align_pp": Case("align", (), PP),
     "align_ep": Case("align", SPREAD, EP),
     "sft_cp": Case("sft", SPREAD, CP),
+    "rlvr_dp": Case("rlvr", (), DP),
 }
 MOVED_STEPS = (2, 4, 6)
 
