@@ -30,7 +30,7 @@ import pytest
 from helpers.chat_server import Answer, Seen, chat_server, completion
 from helpers.faults import SECONDS, STUCK, Row, Slow, at_step, children_of, page_rows, seconds_to_end, wait_until_met, write_table
 from helpers.jobs import Job, Launcher
-from helpers.stages import assert_same_metrics, settings, trained_policy, written
+from helpers.stages import assert_same_metrics, settings, tiny_task, trained_policy, written
 
 KILLS = int(os.environ.get("PRISM_NEMO_FAULTS", "0"))
 MEASURED = KILLS > 0
@@ -364,6 +364,10 @@ def test_killed_with_rollouts_begun_and_a_judge(launcher: Launcher, folder: Path
 
     ahead = ("rollout.placement=separate", "rollout.max_staleness=1", "algorithm.policy_loss.rollout_correction=token")
     runs = {"whole": folder / "ahead_whole", "killed": folder / "ahead_killed"}
+    data, prompts = tiny_task().data, folder / "prompts.jsonl"  # with a unit, of which only the judge knows what to think
+    lines = [json.loads(line) for line in data.prompts.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps(line | {"answer": f"{line['answer']} cm"}) + "\n" for line in lines))
+    ahead += (f"data.train={prompts}", f"data.image_root={data.root}")
     with chat_server(verdict) as server:
         keys = ("enabled=true", f"base_url={server.base_url}", "model=m")
         judge = {
@@ -378,7 +382,7 @@ def test_killed_with_rollouts_begun_and_a_judge(launcher: Launcher, folder: Path
             job.wait(SECONDS)
         finish(launcher, runs["killed"], *judge["killed"])
         assert server.seen, "it was asked"
-    (metrics, samples), (expected, expected_samples) = written(runs["killed"]), written(runs["whole"])
+    (metrics, samples), (expected, expected_samples) = (written(runs[name]) for name in ("killed", "whole"))
     kept = [[{k: v for k, v in row.items() if not k.startswith("servers/")} for row in lines] for lines in (metrics, expected)]
     assert_same_metrics(*kept, 1e-4)  # sums over one rank and over two differ in the last digits
     assert [row["response"] for row in samples] == [row["response"] for row in expected_samples]
