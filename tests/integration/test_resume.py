@@ -229,6 +229,19 @@ def test_a_frozen_discriminator_is_resumed(tmp_path: Path, monkeypatch: pytest.M
     assert written(tmp_path / "stopped") == written(expected)
 
 
+def test_dynamic_sampling_goes_on_behind_the_prompts_that_it_has_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step draws as many prompts as it needs: how many, is in the checkpoint alone."""
+    dapo = ("algorithm=dapo", "algorithm.overlong_buffer_length=8", "optimizer.lr_warmup_iters=0", "trainer.max_steps=3")
+    expected = run_stage("rlvr", tmp_path / "unbroken", *dapo)
+    assert max(row["dynamic_sampling/generation_batches"] for row in written(expected)[0]) > 1
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run_stage("rlvr", tmp_path / "stopped", *dapo)
+    run_stage("rlvr", tmp_path / "stopped", *dapo)
+    assert written(tmp_path / "stopped") == written(expected)
+
+
 def test_a_finished_run_does_nothing_more(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "sft"
     shutil.copytree(unbroken("sft", runs), run)
