@@ -73,7 +73,7 @@ class Transport:
                 connection.request("POST", self.path, body=body, headers=headers)
                 response = connection.getresponse()
                 self._refuse_redirect(response)
-                text = self._blot(self._read(response))
+                text = self._read(response)
         except ssl.SSLCertVerificationError as error:
             raise EndpointError(
                 f"the endpoint's certificate is not to be trusted: {error.verify_message}",
@@ -82,12 +82,12 @@ class Transport:
             ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a read from a socket that was shut
             raise TransientError(
-                f"the connection failed: {type(error).__name__} {_shown(self._blot_text(str(error)))}"
+                f"the connection failed: {type(error).__name__} {_shown(self._blot(str(error)))}"
             ) from error
         if response.status != 200:
             raise self._status_error(response, text)
         try:
-            answer = json.loads(text)
+            answer = self._blot(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise TransientError(self._too_late if expired() else "the answer is not JSON") from error
         if not isinstance(answer, dict):
@@ -176,7 +176,7 @@ class Transport:
             )
 
     def _status_error(self, response: http.client.HTTPResponse, text: bytes) -> Exception:
-        status, said = response.status, _message(text)
+        status, said = response.status, _shown(self._blot(_message(text)))
         what = f"the endpoint answered with status {status}" + (f": {said}" if said else "")
         if status in _TRANSIENT or (status >= 500 and status not in _PERMANENT):
             return TransientError(what, retry_after=_retry_after(response.headers.get("Retry-After")))
@@ -187,11 +187,17 @@ class Transport:
         remedy = _REMEDIES.get(status, "check {section}.base_url and {section}.model").format(section=self.section)
         return EndpointError(what, where=self.where, remedy=remedy)
 
-    def _blot(self, text: bytes) -> bytes:
-        return text if self._key is None else text.replace(self._key.encode("ascii"), b"***")
-
-    def _blot_text(self, text: str) -> str:
-        return text if self._key is None else text.replace(self._key, "***")
+    def _blot(self, value: Any) -> Any:
+        """A JSON value without the key, which may have been escaped on the way."""
+        if self._key is None:
+            return value
+        if isinstance(value, str):
+            return value.replace(self._key, "***")
+        if isinstance(value, list):
+            return [self._blot(part) for part in value]
+        if isinstance(value, dict):
+            return {self._blot(name): self._blot(part) for name, part in value.items()}
+        return value
 
 
 def _read_key(config: EndpointConfig, section: str) -> str | None:
@@ -215,14 +221,14 @@ def _read_key(config: EndpointConfig, section: str) -> str | None:
 
 
 def _message(text: bytes) -> str:
-    """What a server said about an error, on one line of printable characters."""
+    """What a server said about an error."""
     try:
         answer = json.loads(text)
         error = answer.get("error", answer.get("message", "")) if isinstance(answer, dict) else ""
         said = str(error.get("message", "")) if isinstance(error, dict) else str(error)
     except (ValueError, RecursionError):
-        said = text[: 4 * _SHOWN].decode("utf-8", "replace")
-    return _shown(said)
+        said = text.decode("utf-8", "replace")
+    return said
 
 
 def _shown(text: str) -> str:

@@ -140,7 +140,7 @@ def decode_request(body: bytes | bytearray) -> GenerateRequest:
             num_rollouts_per_prompt=int(header["num_rollouts_per_prompt"]),
             seeds=[int(seed) for seed in header["seeds"]],
         )
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise WireError(f"not a request for rollouts: {error!r}") from error
     in_range = all(0 <= seed < 2**64 for seed in request.seeds)
     if not request.prompts or request.num_rollouts_per_prompt < 1 or len(request.seeds) != request.num_rollouts or not in_range:

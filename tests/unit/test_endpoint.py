@@ -492,6 +492,7 @@ def test_the_key_is_nowhere_but_in_the_header(
     """A server that says it in every answer: in texts, in errors, instead of HTTP."""
     monkeypatch.setenv(VARIABLE, KEY)
     caplog.set_level(0)
+    escaped = "".join(f"\\u{ord(character):04x}" for character in KEY).encode()
     told = [
         completion(f"your key is {KEY}"),
         *(
@@ -499,6 +500,8 @@ def test_the_key_is_nowhere_but_in_the_header(
             for status in (400, 401, 500)
         ),
         Answer(status=401, body=f"<html>{KEY}".encode()),
+        *(Answer(status=status, body=b'{"error": {"message": "' + escaped + b'"}}') for status in (400, 500)),
+        Answer(body=completion("KEY").body.replace(b"KEY", escaped)),
         Answer(write=no_http),
         Answer(write=half_a_body),
     ]

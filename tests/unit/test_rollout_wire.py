@@ -130,7 +130,9 @@ def test_damaged_bodies_are_refused_and_never_crash(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "seeds", [[1, 2, 3], [1, 2, 3, -1], [1, 2, 3, 2**64], [1, 2, 3, "x"]], ids=["few", "negative", "large", "text"]
+    "seeds",
+    [[1, 2, 3], [1, 2, 3, -1], [1, 2, 3, 2**64], [1, 2, 3, "x"], [1, 2, 3, float("inf")]],
+    ids=["few", "negative", "large", "text", "infinite"],
 )
 def test_seeds_that_cannot_be(seeds: list[int]) -> None:
     with pytest.raises(WireError):
