@@ -131,9 +131,15 @@ def test_damaged_bodies_are_refused_and_never_crash(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "seeds",
-    [[1, 2, 3], [1, 2, 3, -1], [1, 2, 3, 2**64], [1, 2, 3, "x"], [1, 2, 3, float("inf")]],
-    ids=["few", "negative", "large", "text", "infinite"],
+    [[1, 2, 3], [1, 2, 3, -1], [1, 2, 3, 2**64], [1, 2, 3, "x"]],
+    ids=["few", "negative", "large", "text"],
 )
 def test_seeds_that_cannot_be(seeds: list[int]) -> None:
     with pytest.raises(WireError):
         decode_request(encode_request(replace(REQUEST, seeds=seeds)))
+
+
+def test_a_seed_that_is_infinite() -> None:
+    body = encode_request(replace(REQUEST, seeds=[1, 2, 3, 77777]))
+    with pytest.raises(WireError):
+        decode_request(body.replace(b"77777", b"1e999"))
