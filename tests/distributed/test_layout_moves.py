@@ -80,30 +80,21 @@ def weights_of(model: TrainableModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors}
 
 
-def on_ranks(directories: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Every chain: a model, a checkpoint and a layout for each step. What the last one left, and the losses on the way."""
-    found: dict[str, Any] = {}
+def on_ranks(directories: dict[str, Path], chain: str, folder: Path) -> dict[str, Any]:
+    """A model, a checkpoint and a layout for each step. What the last one left, and the losses on the way."""
+    kind = chain.partition(",")[0]
+    known = layouts(RANKS, experts=kind != "dense")
+    steps = []
     with session(ParallelConfig(), RuntimeConfig(device=Device.cpu)):
-        for chain, names in CHAINS.items():
-            kind = chain.partition(",")[0]
-            known = layouts(RANKS, experts=kind != "dense")
-            steps = []
-            for number, name in enumerate(names):
-                runtime = initialize(known[name], RuntimeConfig(device=Device.cpu))
-                model = new_model(kind, directories[kind], known[name], runtime)
-                store = CheckpointStore(folder / chain, runtime, keep_last_k=1)
-                state = store.load({"model": model})
-                assert (number == 0) if state is None else (state["step"] == number)
-                steps.append(take_step(model, runtime, number))
-                store.save(number + 1, {"model": model}, {})
-            found[chain] = {"steps": steps, "weights": weights_of(model)}
-    return found
-
-
-@pytest.fixture(scope="module")
-def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = run_ranks(on_ranks, RANKS, directories(), tmp_path_factory.mktemp("moves"), timeout_seconds=600)[0]
-    return found
+        for number, name in enumerate(CHAINS[chain]):
+            runtime = initialize(known[name], RuntimeConfig(device=Device.cpu))
+            model = new_model(kind, directories[kind], known[name], runtime)
+            store = CheckpointStore(folder, runtime, keep_last_k=1)
+            state = store.load({"model": model})
+            assert (number == 0) if state is None else (state["step"] == number)
+            steps.append(take_step(model, runtime, number))
+            store.save(number + 1, {"model": model}, {})
+        return {"steps": steps, "weights": weights_of(model)}
 
 
 @cache
@@ -114,8 +105,9 @@ def stayed(kind: str, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_training_goes_on_at_another_layout(moved: dict[str, Any], chain: str) -> None:
-    found, expected = moved[chain], stayed(chain.partition(",")[0], len(CHAINS[chain]))
+def test_training_goes_on_at_another_layout(chain: str, tmp_path: Path) -> None:
+    found: dict[str, Any] = run_ranks(on_ranks, RANKS, directories(), chain, tmp_path / "run", timeout_seconds=600)[0]
+    expected = stayed(chain.partition(",")[0], len(CHAINS[chain]))
     for got, want in zip(found["steps"], expected["steps"], strict=True):
         assert got == pytest.approx(want, rel=TOLERANCE)
     bad = {
