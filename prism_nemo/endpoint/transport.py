@@ -81,9 +81,7 @@ class Transport:
                 remedy="check the address; SSL_CERT_FILE names a file with certificates of your own to trust",
             ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a read from a socket that was shut
-            raise TransientError(
-                f"the connection failed: {type(error).__name__} {_shown(self._blot(str(error)))}"
-            ) from error
+            raise TransientError(f"the connection failed: {type(error).__name__} {_shown(self._blot(str(error)))}") from error
         if response.status != 200:
             raise self._status_error(response, text)
         try:

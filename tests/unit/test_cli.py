@@ -222,7 +222,7 @@ def test_what_may_succeed_later_ends_with_1(sft_stage: tuple[types.ModuleType, l
     module, arguments = sft_stage
 
     def fail(config: SFTConfig) -> None:
-        raise SaveError("the disk is full")
+        raise SaveError(0, "No space left on device", Path("runs"))
 
     module.run = fail  # type: ignore[attr-defined]
     assert cli.main(arguments) == 1
