@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from prism_nemo.convert.files import sync
 from prism_nemo.errors import PrismError
 from prism_nemo.json_files import read_json_object
 from prism_nemo.progress import StepProgress
@@ -208,10 +209,13 @@ class Experiment:
         self._write_status()
 
     def flush(self) -> None:
-        """Writes the lines that the disk had no room for. OSError when it still has none."""
+        """Has all lines on the disk, also those that it had no room for. OSError when it still has none."""
         for name in list(self._unwritten):
             append_json_lines(self.directory / name, self._unwritten[name])
             del self._unwritten[name]
+        for name in (METRICS, SAMPLES):
+            if (self.directory / name).is_file():
+                sync(self.directory / name)
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends lines, or keeps them in memory until there is room for them: no later line goes before them."""

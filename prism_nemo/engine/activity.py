@@ -83,6 +83,7 @@ class Activity:
     place: Place = field(default_factory=lambda: Place("", (), False))
     in_kernel: bool = False  # the main thread, which no signal ends: as in a request to a file system that does not answer
     ignored: set[int] = field(default_factory=set)  # threads' native ids
+    _spins: bool = False  # as what waits for a GPU does: the process itself, not one that it started
     _syncing: float = 0.0
     _process_seconds: float = 0.0
     _last: _Work | None = None
@@ -97,7 +98,7 @@ class Activity:
         elif self.place.debugged or waited_for() is not None:
             self._waits(0.0, 0.0)
         elif moved or self._works(passed):
-            on_gpu = not moved and torch.cuda.is_initialized()  # it may be what waits for a collective there
+            on_gpu = not moved and self._spins and torch.cuda.is_initialized()  # it may be what waits for a collective there
             self.idle, self.waiting = 0.0, self.waiting + passed if on_gpu else 0.0
         else:
             self.idle, self.waiting = self.idle + passed, self.waiting + passed
@@ -109,7 +110,8 @@ class Activity:
 
     def _works(self, passed: float) -> bool:
         used, self._process_seconds = time.process_time() - self._process_seconds, time.process_time()
-        if used > 0.5 * passed:  # no need to look closer
+        self._spins = used > 0.5 * passed
+        if self._spins:  # no need to look closer
             self._last, self._syncing = None, 0.0
             return True
         last, self._last = self._last, _Work.of_this_process(self.ignored)

@@ -160,8 +160,10 @@ class CheckpointStore:
         with together(self.runtime, staging):
             if self.runtime.is_main:
                 before()
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
+                for left in self.folder.glob(".step_*.partial"):  # by runs that were killed, too
+                    shutil.rmtree(left, ignore_errors=True)
+                for name in models:  # here, since what fails on one rank alone must not fail between Megatron's collectives
+                    (staging / name).mkdir(parents=True)
         files = {}
         for name, model in models.items():
             with (
@@ -244,7 +246,7 @@ class CheckpointStore:
             key=lambda path: (path.name not in self._damaged, path.name <= newest.name, path.name),
         )
         for old in steps[: max(0, len(steps) - self.keep_last_k)]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # on a network file system somebody may be reading it: then the next time
 
 
 def _name(step: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from prism_nemo.convert.files import sync
 from prism_nemo.convert.manifest import hash_files, seal
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.engine.wholeness import STEP_MANIFEST, TRAINER
@@ -75,7 +76,8 @@ class Saving:
         self._runtime = runtime
         self._group = _group_of_threads(runtime)
         self._outcome = _Outcome(problem="its thread ended")
-        self._began = time.monotonic()
+        self._given_up = threading.Event()
+        self._seconds, self._looked = 0.0, time.monotonic()  # that it takes so far, as far as somebody has looked
         self._thread = threading.Thread(target=self._run, name=f"save {step}", daemon=True)
         self._thread.start()
 
@@ -91,6 +93,8 @@ class Saving:
                 break
             if not wait:
                 return False
+        if outcome.hangs:
+            self.give_up()
         if outcome.problem is not None:
             raise (SaveHangs if outcome.hangs else SaveError)(outcome.rank, outcome.problem, self.directory)
         return True
@@ -101,13 +105,20 @@ class Saving:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def give_up(self) -> None:
+        """Whatever it still writes, it takes no place any more: another run may have begun here."""
+        self._given_up.set()
+
     def _look(self, seconds: float, longest_seconds: float) -> _Outcome | None:
         """On the main rank, its end; None while it has not come."""
         if not self._runtime.is_main:
             return None
         if self.wait(seconds):
             return self._outcome
-        if time.monotonic() - self._began > longest_seconds:
+        now = time.monotonic()
+        # A job that was suspended as a whole, which no save of hours is told from, does not lose one for it.
+        self._seconds, self._looked = self._seconds + min(now - self._looked, longest_seconds / 2), now
+        if self._seconds > longest_seconds:
             return _Outcome(
                 problem=f"it took longer than {longest_seconds / 60:g} minutes, as on a file system that hangs", hangs=True
             )
@@ -150,6 +161,9 @@ class Saving:
             _write_file(self.directory / TRAINER, json.dumps(self._trainer).encode())
             known = {name: digest for part in parts for name, digest in part.hashes.items()}
             seal(self.directory, known, manifest=STEP_MANIFEST)
+            _sync_all(self.directory)
+            if self._given_up.is_set():
+                return _Outcome(problem="it was given up")
             self._put_in_place()
         except Exception as error:
             return _Outcome(problem=_words(error))
@@ -172,6 +186,14 @@ def _write_file(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _sync_all(directory: Path) -> None:
+    """Has every file and folder in it on the disk; what was synced as it was written costs nothing more."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
 
 def _words(error: Exception) -> str:

@@ -219,7 +219,7 @@ class Watch:
                 return
             self.verdict = reason
             self._decided.set()
-            _exit_within(CLEAN_UP_SECONDS)
+            exit_within(CLEAN_UP_SECONDS)
             if self._main_takes_over:
                 return
         self._say(reason)
@@ -268,7 +268,7 @@ class Watch:
         self.sign.state = State.cut_off
         known = self._decided.wait(self.silence_seconds + 4 * LAST_WORDS_SECONDS)
         reason = self.verdict if known and self.verdict else f"a collective failed: {self.sign.cause}"
-        _exit_within(CLEAN_UP_SECONDS)
+        exit_within(CLEAN_UP_SECONDS)
         self._say(reason)
         lost = RankLost(reason)
         self._explained = (error, lost)
@@ -289,11 +289,16 @@ class Watch:
         self._stop.set()
 
 
-def _exit_within(seconds: float) -> None:
+def exit_within(seconds: float) -> None:
     """Ends the process, whatever it is doing: closing may wait for ranks that are gone."""
     timer = threading.Timer(seconds, os._exit, (1,))
     timer.daemon = True
     timer.start()
+
+
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether the reason for an error lies with another rank."""
+    return isinstance(error, RankLost) or _is_from_a_collective(error)
 
 
 def _is_from_a_collective(error: BaseException) -> bool:

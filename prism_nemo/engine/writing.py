@@ -114,7 +114,7 @@ class ModelFiles:
                 raise found
             results += found
         names = [name for _, name, _ in self._buckets]
-        self._buckets = []
+        self._buckets = self._writer.write_buckets = []  # the copy's memory
         return Written(results, hash_files(self.directory, names))
 
     def complete(self, parts: Sequence[Written]) -> None:

@@ -115,7 +115,7 @@ class StageLoop:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._signals.__exit__(kind, error, traceback)
         if error is not None:
-            if not isinstance(error, RuntimeError):  # as of a broken collective: a rank is gone, and its part would never come
+            if not watch.is_of_another_rank(error):  # which is gone: its part would never come
                 self._wait_for_save()
             error = watch.explain(error)
             kind = type(error)
@@ -175,7 +175,7 @@ class StageLoop:
         if due and not stop:
             self.validate(trainer, done)
             due, stop = False, self._anyone_was_told_to_stop()
-            if stop and not saves:
+            if stop:  # also a save that is under way is waited for
                 self.save(trainer, done)
         if stop and (due or not last):
             self.experiment.interrupt()
@@ -271,7 +271,9 @@ class StageLoop:
             return
         if self.runtime.is_main:
             print(f"{self.directory}: an error ends the run as soon as step {saving.step} is saved", file=sys.stderr, flush=True)
-        saving.wait(LAST_SAVE_SECONDS)
+        if not saving.wait(LAST_SAVE_SECONDS):
+            saving.give_up()
+            watch.exit_within(LAST_SAVE_SECONDS)  # Python waits for threads that write, however long that takes
 
     def _is_under_way(self, done: int) -> bool:
         return self.checkpoints.under_way is not None and self.checkpoints.under_way.step == done
@@ -293,7 +295,7 @@ class StageLoop:
         except SaveError as error:
             self._failed_saves += 1
             if isinstance(error, SaveHangs):
-                watch._exit_within(LAST_SAVE_SECONDS)  # whatever else this process still wants of that file system
+                watch.exit_within(LAST_SAVE_SECONDS)  # whatever else this process still wants of that file system
                 raise
             if not may_fail or self._failed_saves >= self.config.trainer.max_failed_saves:
                 raise

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from helpers.forks import Forks, environment_of_rank
+from helpers.ranks import free_port
 
 from prism_nemo.run_directory import read_json_lines
 
@@ -92,9 +92,7 @@ class Launcher:
     def start(self, world_size: int, arguments: Sequence[str], logs: Path, *, before: Path | None = None) -> Job:
         """`prism-nemo ARGUMENTS` on every rank; each runs the Python file `before` first."""
         logs.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
+        port = free_port()
         files = [logs / f"rank_{rank}.txt" for rank in range(world_size)]
         for file in files:
             file.write_text("")  # nothing of an earlier job is read in the meantime

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 from helpers.stages import run_stage, tiny_task, trainer_of, written
 
 from prism_nemo.engine.writing import ModelFiles
-from prism_nemo.stages.loop import StageLoop
+from prism_nemo.experiment import Experiment
+from prism_nemo.stages.loop import EXIT_INTERRUPTED, StageLoop
 
 RUN = ("trainer.max_steps=5", "trainer.save_interval=2", "trainer.keep_last_k=9")
 
@@ -62,6 +65,33 @@ def hashes(folder: Path) -> dict[str, Any]:
     """Of every file but the description, which names the folder."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return {name: entry for name, entry in manifest.items() if name != ".metadata"}
+
+
+def test_a_signal_waits_for_what_is_being_saved(tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes during the validation behind the step. The run says that it was interrupted once the step is safe."""
+    run = tmp_path / "run"
+    interrupt = Experiment.interrupt
+
+    def look_and_interrupt(self: Experiment) -> None:
+        assert (run / "checkpoints" / "latest").read_text() == "step_00000002"
+        interrupt(self)
+
+    monkeypatch.setattr(Experiment, "interrupt", look_and_interrupt)
+    task = tiny_task()
+    with (
+        pytest.raises(SystemExit) as caught,
+        trainer_of("sft", run, *RUN, "trainer.val_check_interval=2", f"data.validation={task.data.test}") as trainer,
+    ):
+
+        def be_told_to_stop() -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(0.5, held.set).start()
+            return {"loss": 1.0}
+
+        trainer.run_validation = be_told_to_stop
+        trainer.fit()
+    assert caught.value.code == EXIT_INTERRUPTED
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
 
 
 def test_an_error_does_not_take_a_step_away_that_is_being_saved(tmp_path: Path, held: threading.Event) -> None:

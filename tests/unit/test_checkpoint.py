@@ -329,6 +329,23 @@ def test_it_comes_through_by_itself(store: CheckpointStore, held: threading.Even
     assert store.settle(wait=False) == 1
 
 
+def test_one_that_was_given_up_takes_no_place(store: CheckpointStore, held: threading.Event) -> None:
+    """Another run may have begun there by the time that the file system answers again."""
+    store.begin(1, {"policy": policy()}, {})
+    assert store.under_way is not None
+    store.under_way.give_up()
+    held.set()
+    with pytest.raises(SaveError, match="it was given up"):
+        store.settle(wait=True)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_what_killed_runs_left_goes(store: CheckpointStore) -> None:
+    (store.folder / ".step_00000007.partial" / "policy").mkdir(parents=True)
+    store.save(8, {"policy": policy()}, {})
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000008"]
+
+
 def test_one_that_fails_later_is_told_when_asked(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"policy": policy()}
     with monkeypatch.context() as patch:

@@ -77,7 +77,7 @@ PATHS: dict[str, Callable[[Path], str]] = {
     "a device": lambda folder: "/dev/zero",
     "a folder": lambda folder: "inner",
     "an https URL": lambda folder: "https://127.0.0.1:9/a.png",
-    "a file URL": lambda folder: f"file://{folder}/secret.png",
+    "a file URL": lambda folder: "file:///etc/passwd",
     "a data URL": lambda folder: "data:image/png;base64,AAAA",
     "an address of cloud metadata": lambda folder: "http://169.254.169.254/latest/meta-data",
 }

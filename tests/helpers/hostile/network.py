@@ -88,7 +88,8 @@ def _(folder: Path) -> str:
 SAMPLED = asdict(SamplingParams(1.0, 1.0, 0, 8, 1, ()))
 REQUEST = {"request_id": "1", "update_id": "1", "seeds": [], "num_rollouts_per_prompt": 1, "sampling": SAMPLED}
 BODIES: dict[str, Callable[[Path], bytes]] = {
-    "a pickle that runs something": lambda folder: pickle.dumps(Bomb(folder)),
+    # Of one length, whatever the folder's.
+    "a pickle that runs something": lambda folder: pickle.dumps(Bomb(folder)).ljust(1000, b"."),
     "a header nested 100,000 deep": lambda folder: frame(b'{"a":' * 100_000),
     "a header that is longer than the body": lambda folder: (2**32 - 1).to_bytes(4, "little") + b"{}",
     "a request for a billion prompts": lambda folder: pack({**REQUEST, "num_prompts": 10**9}, {}),
