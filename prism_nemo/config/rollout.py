@@ -82,9 +82,8 @@ def check_rollout(rollout: RolloutConfig, world_size: int | None, *, ahead: bool
     ahead   whether the stage can train on rollouts of the weights before
     """
     separate = rollout.placement is RolloutPlacement.separate
-    installed = bool(rollout.servers.urls) or vllm_is_installed(
-        for_servers=separate
-    )  # whatever the engine: that Python must start
+    # Asked whatever the engine is: the servers' Python must start.
+    installed = bool(rollout.servers.urls) or vllm_is_installed(for_servers=separate)
     if rollout.engine is RolloutEngineKind.vllm and not installed:
         raise ConfigError(
             "vLLM is not installed",

@@ -26,7 +26,6 @@ from prism_nemo.printable import printable
 from prism_nemo.run_directory import LATEST
 
 _TRAINER = "trainer.json"  # of a step's folder
-_STEP_MANIFEST = "checkpoint.json"  # of its own files
 
 
 @dataclass
@@ -148,8 +147,8 @@ def _step(path: Path, models: list[Path], hashes: bool) -> Description:
         result.facts |= {key: trainer[key] for key in ("step", "world_size", "consumed_samples") if key in trainer}
     except PrismError:
         result.problems.append(f"{_TRAINER} is not JSON")
-    if (path / _STEP_MANIFEST).is_file():
-        result.problems += manifest.problems(path, contents=hashes, manifest=_STEP_MANIFEST)
+    if (path / manifest.STEP_MANIFEST).is_file():
+        result.problems += manifest.problems(path, contents=hashes, manifest=manifest.STEP_MANIFEST)
     result.parts = [_checkpoint(model, hashes) for model in models]
     if not models:
         result.problems.append("it holds no model")

@@ -20,6 +20,7 @@ from prism_nemo.convert.files import sync
 from prism_nemo.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STEP_MANIFEST = "checkpoint.json"  # in the folder of a run's step: its own files, and its models' manifests
 BLOCK = 16 << 20  # bytes
 THREADS = 4
 _UNREADABLE = (ValueError, AttributeError, TypeError, KeyError, OverflowError)  # of JSON that is no manifest

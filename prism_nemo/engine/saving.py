@@ -19,9 +19,9 @@ from typing import Any
 import torch.distributed as dist
 
 from prism_nemo.convert.files import sync
-from prism_nemo.convert.manifest import hash_files, seal
+from prism_nemo.convert.manifest import STEP_MANIFEST, hash_files, seal
 from prism_nemo.engine.runtime import Runtime
-from prism_nemo.engine.wholeness import STEP_MANIFEST, TRAINER
+from prism_nemo.engine.wholeness import TRAINER
 from prism_nemo.engine.writing import ModelFiles, SaveError, SaveHangs, Written
 from prism_nemo.waiting import waiting
 
@@ -116,7 +116,7 @@ class Saving:
         if self.wait(seconds):
             return self._outcome
         now = time.monotonic()
-        # A job that was suspended as a whole, which no save of hours is told from, does not lose one for it.
+        # One pause counts for half the limit at most: a job that was suspended for hours does not lose its save for that.
         self._seconds, self._looked = self._seconds + min(now - self._looked, longest_seconds / 2), now
         if self._seconds > longest_seconds:
             return _Outcome(
@@ -135,9 +135,10 @@ class Saving:
     def _write(self) -> _Part:
         try:
             models = {name: files.write() for name, files in self._models.items()}
-            rng = f"rng_{self._runtime.rank}.pt"
-            _write_file(self.directory / rng, self._generators)
-            return _Part(models, hash_files(self.directory, [rng]))
+            rng = self.directory / f"rng_{self._runtime.rank}.pt"
+            rng.write_bytes(self._generators)
+            sync(rng)
+            return _Part(models, hash_files(self.directory, [rng.name]))
         except Exception as error:  # whatever it is, the others must not wait for this part
             return _Part(problem=_words(error))
 
@@ -158,7 +159,7 @@ class Saving:
         try:
             for name, files in self._models.items():
                 files.complete([part.models[name] for part in parts])
-            _write_file(self.directory / TRAINER, json.dumps(self._trainer).encode())
+            (self.directory / TRAINER).write_text(json.dumps(self._trainer))
             known = {name: digest for part in parts for name, digest in part.hashes.items()}
             seal(self.directory, known, manifest=STEP_MANIFEST)
             _sync_all(self.directory)
@@ -179,13 +180,6 @@ def _group_of_threads(runtime: Runtime) -> dist.ProcessGroup | None:
     if _group is None or _group[0] is not everyone:
         _group = everyone, dist.new_group(backend="gloo", timeout=_LONGEST)
     return _group[1]
-
-
-def _write_file(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _sync_all(directory: Path) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from prism_nemo.convert.manifest import MANIFEST, REMEDY, damaged, has_hashes, problems
+from prism_nemo.convert.manifest import MANIFEST, REMEDY, STEP_MANIFEST, damaged, has_hashes, problems
 from prism_nemo.engine.runtime import Runtime
 from prism_nemo.errors import CheckpointError
 from prism_nemo.run_directory import LATEST
 
-STEP_MANIFEST = "checkpoint.json"  # in a step's folder: its own files, and its models' manifests
 TRAINER = "trainer.json"
 
 

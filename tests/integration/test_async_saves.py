@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.saving import hold_writes
 from helpers.stages import run_stage, tiny_task, trainer_of, written
 
-from prism_nemo.engine.writing import ModelFiles
 from prism_nemo.experiment import Experiment
 from prism_nemo.stages.loop import EXIT_INTERRUPTED, StageLoop
 
@@ -21,15 +21,7 @@ RUN = ("trainer.max_steps=5", "trainer.save_interval=2", "trainer.keep_last_k=9"
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """No file is written before the event is set."""
-    event, write = threading.Event(), ModelFiles.write
-
-    def wait_and_write(files: ModelFiles) -> Any:
-        event.wait()
-        return write(files)
-
-    monkeypatch.setattr(ModelFiles, "write", wait_and_write)
-    return event
+    return hold_writes(monkeypatch)
 
 
 def steps(run: Path) -> list[str]:

@@ -217,29 +217,30 @@ def test_stopped_before_the_first_checkpoint_starts_anew(runs: Path, tmp_path: P
     assert_same_run("sft", run, runs)
 
 
-def test_a_frozen_discriminator_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its optimizer has never taken a step; the checkpoint holds it all the same, so that it may thaw."""
-    frozen = ("algorithm.discriminator_steps_frozen=true", "trainer.max_steps=3")
-    expected = run_stage("align", tmp_path / "unbroken", *frozen)
+def assert_goes_on_as_unbroken(
+    stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str
+) -> list[dict[str, Any]]:
+    """Stopped in its first step and started again, the stage writes what it writes in one go: the metrics, which come back."""
+    expected = written(run_stage(stage, folder / "unbroken", *overrides))
     with monkeypatch.context() as patch:
         signal_in_step(patch, 1, signal.SIGTERM)
         with pytest.raises(SystemExit):
-            run_stage("align", tmp_path / "stopped", *frozen)
-    run_stage("align", tmp_path / "stopped", *frozen)
-    assert written(tmp_path / "stopped") == written(expected)
+            run_stage(stage, folder / "stopped", *overrides)
+    assert written(run_stage(stage, folder / "stopped", *overrides)) == expected
+    return expected[0]
+
+
+def test_a_frozen_discriminator_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer has never taken a step; the checkpoint holds it all the same, so that it may thaw."""
+    frozen = ("algorithm.discriminator_steps_frozen=true", "trainer.max_steps=3")
+    assert_goes_on_as_unbroken("align", tmp_path, monkeypatch, *frozen)
 
 
 def test_dynamic_sampling_goes_on_behind_the_prompts_that_it_has_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step draws as many prompts as it needs: how many, is in the checkpoint alone."""
     dapo = ("algorithm=dapo", "algorithm.overlong_buffer_length=8", "optimizer.lr_warmup_iters=0", "trainer.max_steps=3")
-    expected = run_stage("rlvr", tmp_path / "unbroken", *dapo)
-    assert max(row["dynamic_sampling/generation_batches"] for row in written(expected)[0]) > 1
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, 1, signal.SIGTERM)
-        with pytest.raises(SystemExit):
-            run_stage("rlvr", tmp_path / "stopped", *dapo)
-    run_stage("rlvr", tmp_path / "stopped", *dapo)
-    assert written(tmp_path / "stopped") == written(expected)
+    metrics = assert_goes_on_as_unbroken("rlvr", tmp_path, monkeypatch, *dapo)
+    assert max(row["dynamic_sampling/generation_batches"] for row in metrics) > 1
 
 
 def test_a_finished_run_does_nothing_more(runs: Path, tmp_path: Path) -> None:

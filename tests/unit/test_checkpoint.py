@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.rows import one_rank
+from helpers.saving import hold_writes
 from helpers.tiny import tiny_model
 from torch import Tensor
 
@@ -273,14 +274,7 @@ def test_a_save_that_fails_leaves_the_one_before(
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Files are not written before the event is set."""
-    event, write = threading.Event(), ModelFiles.write
-
-    def wait_and_write(files: ModelFiles) -> Any:
-        event.wait()
-        return write(files)
-
-    monkeypatch.setattr(ModelFiles, "write", wait_and_write)
+    event = hold_writes(monkeypatch)
     yield event
     event.set()
 

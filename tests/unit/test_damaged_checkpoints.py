@@ -16,8 +16,8 @@ from helpers.tiny import tiny_model
 from prism_nemo.config.enums import Precision
 from prism_nemo.config.schema import ModelConfig, ParallelConfig
 from prism_nemo.convert import manifest
+from prism_nemo.convert.manifest import STEP_MANIFEST
 from prism_nemo.engine.checkpoint import CheckpointStore
-from prism_nemo.engine.wholeness import STEP_MANIFEST
 from prism_nemo.errors import CheckpointError
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.run_directory import LATEST

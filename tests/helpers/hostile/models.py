@@ -23,10 +23,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from prism_nemo.config.enums import DecayStyle, Precision
 from prism_nemo.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from prism_nemo.convert.hf_reader import HFReader
-from prism_nemo.convert.manifest import MANIFEST, seal
+from prism_nemo.convert.manifest import MANIFEST, STEP_MANIFEST, seal
 from prism_nemo.data.chat import ChatEncoder
 from prism_nemo.engine.checkpoint import CheckpointStore
-from prism_nemo.engine.wholeness import STEP_MANIFEST
 from prism_nemo.models.policy import PolicyModel
 from prism_nemo.models.weights import load_weights
 
